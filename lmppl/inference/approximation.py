@@ -1,0 +1,168 @@
+"""What `infer` returns: weighted draws, a normaliser with its error, and what it cost.
+
+Four kinds: `Particles` (a weighted set), `Chains` (dependent draws), `Sampler` (a lazy exact sampler) and `ExactTable`
+(every outcome with its probability, or the law as an LM).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.inference.engine import Engine, Guarantee, infer
+from lmppl.lm.base import LanguageModel
+from lmppl.modeling.factors import Feature
+from lmppl.modeling.model import Model
+from lmppl.modeling.user_functions import evaluate
+from lmppl.sequences import Cost, Draws, Estimate, Sequences
+
+__all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler"]
+
+LEVEL = 0.95
+Z_SCORE = 1.959963984540054  # Φ⁻¹(0.975)
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """An approximation of π*.
+
+    Parameters
+    ----------
+    draws : Draws
+        Weighted, as computed.
+    log_normalizer : tuple of Estimate
+        Estimates of log Z(c), in nats, one `Estimate` a method; the first is the engine's best.
+    guarantee : Guarantee
+    info : dict
+        Figures of the run, by name: tensors of shape (C,) or numbers.
+    cost : Cost
+        Everything that was spent; `setup` is the part that does not grow with the number of draws.
+    status : {"complete", "interrupted"}
+        Interrupted runs hold whole shards only.
+    """
+
+    draws: Draws
+    log_normalizer: tuple[Estimate, ...]
+    guarantee: Guarantee
+    info: dict[str, Any] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    setup: Cost = field(default_factory=Cost)
+    status: Literal["complete", "interrupted"] = "complete"
+    engine: Engine | None = None
+    model: Model | None = None
+    seed: int = 0
+
+    def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
+        """`num_draws` equally weighted draws per context, resampled from the weights.
+
+        Resampled draws repeat: for fresh ones run the engine again with another seed.
+        """
+        return self.draws.resample(num_draws, generator=generator)
+
+    def expectation(self, fn: str | Callable[..., Any] | Feature) -> Estimate:
+        """E_π*[f], one value per context, with its error.
+
+        Self-normalised: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²), interval f̂ ± 1.96 standard errors
+        [owen2000safe]. It inherits the weights' blind spots: unseen mass does not show.
+
+        Parameters
+        ----------
+        fn : str, callable or Feature
+            The name of a feature or factor column, or a function of texts with the same contract as a feature.
+        """
+        values = self._column(fn)
+        weights = self.draws.weights
+        means, errors = [], []
+        for c in range(self.draws.num_contexts):
+            rows = self.draws.context == c
+            w, f = weights[rows], values[rows]
+            mean = torch.where(w > 0, w * f, 0.0).sum()
+            spread = torch.where(w > 0, w * (f - mean), 0.0)
+            means.append(mean)
+            errors.append(self._standard_error(w, spread))
+        value, error = torch.stack(means), torch.stack(errors)
+        if self.guarantee is Guarantee.EXACT and isinstance(self, ExactTable):
+            return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
+        half = Z_SCORE * error
+        interval = torch.stack([value - half, value + half], -1)
+        return Estimate(value, interval, LEVEL, "unbiased", error, len(self.draws) // max(1, self.draws.num_contexts))
+
+    def as_language_model(self) -> LanguageModel:
+        """The approximation as an LM: a policy or an exact table; other kinds cannot be scored."""
+        raise UnsupportedModel(
+            f"{type(self).__name__} has draws but no log-probability, so it is no language model; use Exact where it "
+            "can run, or train a policy"
+        )
+
+    def _standard_error(self, weights: Tensor, spread: Tensor) -> Tensor:
+        n = int((weights > 0).sum())
+        if n < 2:
+            return torch.full((), math.inf, dtype=torch.float64)
+        return spread.square().sum().sqrt()
+
+    def _column(self, fn: str | Callable[..., Any] | Feature) -> Tensor:
+        if isinstance(fn, str):
+            known = {**self.draws.log_factors, **self.draws.features}
+            if fn not in known:
+                raise ModelError(f"expectation: no column {fn!r}; there are {sorted(known)}")
+            return known[fn].double()
+        feature = fn if isinstance(fn, Feature) else Feature(getattr(fn, "__name__", "f"), fn)
+        value = evaluate(feature, self.draws, factor=f"expectation of {feature.name}")
+        if value.dim() != 1:
+            raise ModelError(f"expectation: {feature.name} returned shape {tuple(value.shape)}, expected (N,)")
+        return value.double().to(self.draws.ids.device)
+
+    def __repr__(self) -> str:
+        shown = self.log_normalizer[0] if self.log_normalizer else "—"
+        return f"{type(self).__name__}({self.engine or ''}, {len(self.draws)} draws, log Z = {shown}, {self.status})"
+
+
+@dataclass(frozen=True, eq=False)
+class Particles(Approximation):
+    """Weighted draws: importance sampling, SMC."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chains(Approximation):
+    """Dependent draws, with columns `chain` and `step`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler(Approximation):
+    """An exact (or heuristic) sampler: equally weighted independent draws, and more on demand."""
+
+    def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
+        """`num_draws` fresh independent draws per context: the engine runs again with a seed from `generator`."""
+        if self.engine is None or self.model is None:
+            raise ModelError("draw: this approximation was not made by lmppl.infer, so its engine is not known")
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        return infer(self.model, self.engine, num_draws, seed=seed, progress=False).draws
+
+
+@dataclass(frozen=True, eq=False)
+class ExactTable(Approximation):
+    """π* itself: as an LM, and as weighted outcomes where they were enumerated."""
+
+    law: LanguageModel | None = None
+
+    def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
+        """`num_draws` fresh independent draws of π* per context, with log π* as `log_q`."""
+        return self.as_language_model().draw(num_draws, generator=generator)
+
+    def log_prob(self, sequences: Sequences) -> Tensor:
+        """(N,) log π*(x|c), in nats."""
+        return self.as_language_model().score(sequences)
+
+    def as_language_model(self) -> LanguageModel:
+        """π* as a `LanguageModel`: it samples and scores, and can be a proposal or the next model's prior."""
+        if self.law is None:
+            raise UnsupportedModel("this exact table holds no law")
+        return self.law
+
+

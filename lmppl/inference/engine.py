@@ -1,0 +1,339 @@
+"""The contract of an inference engine, and `infer`, the one way to run one.
+
+An engine is a frozen dataclass of plain configuration. It says whether it can run (`unsupported_reason`), cuts the work
+into shards (`plan`), computes each from its own seed (`run_shard`) and puts whole shards together (`merge`). A shard is
+the unit of progress, of budgets and of Ctrl-C: an unfinished one is dropped, because its finished rows lean to short
+texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lmppl.errors import InterruptedRun, ModelError, UnsupportedModel
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target, TargetForm
+from lmppl.sequences import Cost, Draws
+
+if TYPE_CHECKING:
+    from lmppl.inference.approximation import Approximation
+    from lmppl.lm.base import LanguageModel
+
+__all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer", "shard_generator"]
+
+log = logging.getLogger(__name__)
+
+SHARD_DRAWS = 1024  # draws of one shard, all contexts together, unless the engine says otherwise
+
+
+class Guarantee(Enum):
+    """What the draws of an engine are."""
+
+    EXACT = "exact"
+    """Draws from π* itself."""
+    CONSISTENT = "consistent"
+    """Weighted draws whose expectations converge to those under π* as the work grows."""
+    APPROXIMATE = "approximate"
+    """Draws from a law that is close to π*, with a measured distance."""
+    HEURISTIC = "heuristic"
+    """Draws from another law, which the engine's docstring names."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop; the first limit that is reached ends the run, after the shard that reaches it.
+
+    Parameters
+    ----------
+    lm_tokens : int, optional
+        Positions sent through the LM.
+    seconds : float, optional
+        Wall-clock time.
+    """
+
+    lm_tokens: int | None = None
+    seconds: float | None = None
+
+    def spent(self, cost: Cost) -> bool:
+        """Whether `cost` has reached a limit."""
+        over_tokens = self.lm_tokens is not None and cost.lm_tokens >= self.lm_tokens
+        return over_tokens or (self.seconds is not None and cost.seconds >= self.seconds)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for: draws per context, or a budget, or both; and its seed."""
+
+    num_draws: int | None
+    budget: Budget | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work, repeatable from (`seed`, `id`) alone.
+
+    Parameters
+    ----------
+    id : int
+        Position in the plan.
+    num_draws : int
+        Draws (or proposals) per context.
+    seed : int
+        The run's seed.
+    contexts : tuple of int
+        The contexts that this shard works on.
+    batch_size : int
+        Rows of one micro-batch, fixed here.
+    """
+
+    id: int
+    num_draws: int
+    seed: int
+    contexts: tuple[int, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The result of one shard: its draws, what it cost, and what the engine needs to merge it."""
+
+    shard: Shard
+    draws: Draws
+    cost: Cost = field(default_factory=Cost)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shard_generator(shard: Shard) -> torch.Generator:
+    """A CPU generator seeded by (shard.seed, shard.id) through a hash, so that neighbouring seeds share nothing."""
+    digest = hashlib.sha256(f"{shard.seed}:{shard.id}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """Base of every engine: configuration only; validated when planned.
+
+    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` and `merge`; the default
+    plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
+    """
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+    references: ClassVar[tuple[str, ...]] = ()
+
+    def cite(self) -> str:
+        """BibTeX of the papers that this engine implements."""
+        from lmppl.inference.citations import bibtex
+
+        return bibtex(self.references)
+
+    def unsupported_reason(self, form: TargetForm) -> str | None:
+        """One sentence that says what is missing, on which factor, and how to fix it; None where the engine can run."""
+        if form.stochastic:
+            return (
+                f"{self.name} needs exact factor values: factor {form.stochastic[0]!r} is declared stochastic=True; "
+                "use its expectation"
+            )
+        return None
+
+    @property
+    def default_draws(self) -> int:
+        """Draws per context where neither `infer` nor a budget says."""
+        return int(getattr(self, "num_draws", 1000))
+
+    def plan(self, target: Target, request: Request) -> list[Shard]:
+        """The first shards; `replan` may add more once these are done."""
+        contexts = tuple(range(target.form.num_contexts))
+        wanted = request.num_draws
+        if wanted is None and request.budget is None:
+            wanted = self.default_draws
+        if wanted is not None and wanted < 1:
+            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
+        size = max(1, SHARD_DRAWS // len(contexts))
+        if wanted is None:
+            return [make_shard(target, 0, size, request.seed, contexts)]
+        counts = [min(size, wanted - start) for start in range(0, wanted, size)]
+        return [make_shard(target, i, n, request.seed, contexts) for i, n in enumerate(counts)]
+
+    def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
+        """Shards that follow `parts`; empty where the request is met. A function of the parts alone."""
+        if request.num_draws is not None or request.budget is None:
+            return []
+        last = parts[-1].shard
+        return [replace(last, id=last.id + 1)]
+
+    @abstractmethod
+    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
+        """Compute one shard, from `shard_generator(shard)` alone."""
+
+    @abstractmethod
+    def merge(self, parts: Sequence[Part]) -> Approximation:
+        """One approximation from whole shards, in the order of their ids."""
+
+    def live(self, parts: Sequence[Part]) -> dict[str, str]:
+        """Figures that a person wants to see while the engine runs."""
+        return {"draws": f"{sum(len(p.draws) for p in parts):,}"}
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.repr and getattr(self, f.name) != f.default and f.name != "proposal"
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def make_shard(target: Target, number: int, num_draws: int, seed: int, contexts: tuple[int, ...]) -> Shard:
+    """A shard whose micro-batch size comes from the memory plan of the prior."""
+    from lmppl.lm.decoding import plan_rows
+
+    return Shard(number, num_draws, seed, contexts, plan_rows(target.prior, num_draws * len(contexts)))
+
+
+def infer(
+    model: Model | LanguageModel,
+    engine: Engine | str | None = None,
+    num_draws: int | None = None,
+    *,
+    budget: Budget | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    on_part: Callable[[Part], None] | None = None,
+) -> Approximation:
+    """Run an engine on a declaration.
+
+    Parameters
+    ----------
+    model : Model or LanguageModel
+        What is wanted; a bare LM is the model without evidence.
+    engine : Engine, str or None
+        An instance; a name such as "rejection" or "importance(num_draws=4096)"; or None for the first in `ENGINES` that
+        can run, exact ones first.
+    num_draws : int, optional
+        Draws per context; the engine's own default if neither this nor a budget is given.
+    budget : Budget, optional
+        LM tokens or seconds after which the run stops, at the end of a shard.
+    seed : int
+        The same seed and plan give the same draws on the same machine.
+    progress : bool, optional
+        Show a progress bar on stderr; by default where stderr is a terminal.
+    on_part : callable, optional
+        Called with each finished part, for logging.
+
+    Returns
+    -------
+    Approximation
+        Draws with weights, log Ẑ with its interval, cost, guarantee; `status` is "interrupted" where Ctrl-C or a budget
+        ended the run first: whole shards only.
+
+    Raises
+    ------
+    UnsupportedModel
+        With the engine's one-sentence reason.
+    InfeasibleModel
+        Where nothing with γ > 0 was found.
+    InterruptedRun
+        Where the run was stopped before its first shard was whole.
+    """
+    from lmppl.inference.progress import progress_bar
+    from lmppl.inference.resolve import resolve_engine
+
+    if not isinstance(model, Model):
+        model = Model(model)
+    target = Target(model)
+    chosen = resolve_engine(engine, target.form)
+    reason = chosen.unsupported_reason(target.form)
+    if reason is not None:
+        raise UnsupportedModel(reason)
+    request = Request(num_draws, budget, seed)
+    parts: list[Part] = []
+    complete = True
+    with progress_bar(chosen, request, progress) as bar:
+        try:
+            complete = _run(chosen, target, request, parts, bar, on_part)
+        except KeyboardInterrupt:
+            complete = False
+            if not parts:
+                raise InterruptedRun(f"{chosen.name}: stopped before its first shard was whole; nothing is kept") from None
+            log.warning(
+                "%s: interrupted; %d whole shard(s) with %d draws are kept, the unfinished shard is dropped",
+                chosen.name, len(parts), sum(len(p.draws) for p in parts),
+            )  # fmt: skip
+    return _finish(chosen, target, request, parts, complete)
+
+
+def _run(
+    engine: Engine,
+    target: Target,
+    request: Request,
+    parts: list[Part],
+    bar: Callable[[Sequence[Part]], None],
+    on_part: Callable[[Part], None] | None,
+) -> bool:
+    """Run shards until the request is met (True) or the budget is spent first (False)."""
+    shards = engine.plan(target, request)
+    spent_before = Cost()
+    while shards:
+        for position, shard in enumerate(shards):
+            before, start = target.cost.copy(), time.perf_counter()
+            part = engine.run_shard(target, shard)
+            target.cost.seconds += time.perf_counter() - start
+            part = replace(part, cost=target.cost - before)
+            parts.append(part)
+            spent_before = spent_before + part.cost
+            bar(parts)
+            if on_part is not None:
+                on_part(part)
+            if request.budget is not None and request.budget.spent(spent_before):
+                rest = len(shards) - position - 1
+                return rest == 0 and request.num_draws is None
+        shards = engine.replan(target, request, parts)
+    return True
+
+
+def _finish(
+    engine: Engine, target: Target, request: Request, parts: Sequence[Part], complete: bool
+) -> Approximation:
+    from lmppl.storage import versions
+
+    approximation = engine.merge(parts)
+    meta = {
+        "engine": str(engine),
+        "guarantee": approximation.guarantee.value,
+        "seed": request.seed,
+        "spec_hash": target.model.spec_hash,
+        "formula": target.model.formula,
+        "versions": versions(),
+    }
+    draws = approximation.draws
+    labelled = replace(draws, meta={**draws.meta, **meta})
+    if "text" in draws.__dict__:
+        labelled.__dict__["text"] = draws.text
+    return replace(
+        approximation,
+        draws=labelled,
+        cost=target.cost.copy(),
+        status="complete" if complete else "interrupted",
+        engine=engine,
+        model=target.model,
+        seed=request.seed,
+    )
+
+
+def require_instance(value: object) -> Engine:
+    """`value` if it is an engine instance; else a `ModelError` that says how to make one."""
+    if isinstance(value, Engine):
+        return value
+    if isinstance(value, type) and issubclass(value, Engine):
+        raise ModelError(f"engine: got the class {value.__name__}, expected an instance: {value.__name__}()")
+    raise ModelError(f"engine: got {type(value).__name__}, expected an Engine, a name, or None")

@@ -1,0 +1,355 @@
+"""The contracts of a language model: a Pyro distribution over token sequences, and the decoder that steps it.
+
+A `LanguageModel` is the law of an outcome x = (x_1..x_L) given a context c: tokens are appended until EOS (or a stop
+string), or until the cap T = `max_new_tokens`. Truncation at T is part of the model, so Σ_x p(x|c) = 1.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge
+from lmppl.sequences import Cost, Draws, Sequences
+
+__all__ = ["Decoder", "LanguageModel", "State", "Step"]
+
+State = Any  # what a decoder needs to go on: KV cache, positions; opaque to everybody else
+
+ENUMERATION_GUARD = 200_000
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one forward says about the next token after each of B·k positions.
+
+    Parameters
+    ----------
+    project : callable
+        Maps rows of `hidden` (M, H) to unnormalised log-probabilities (M, V), in the dtype that the softmax runs in,
+        temperature and declared truncation applied. Kept apart so that no (B, k, V) tensor is held unless asked for.
+    hidden : Tensor (B, k, H)
+        What `project` reads. A feature of the LM only where the decoder's capabilities include `hidden`.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    hidden: Tensor
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, k, V) unnormalised log-probabilities."""
+        b, k, h = self.hidden.shape
+        return self.project(self.hidden.reshape(b * k, h)).view(b, k, -1)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(B, k, V) log-probabilities of the next token, in nats."""
+        return torch.log_softmax(self.logits, -1)
+
+    def log_prob_of(self, tokens: Tensor, *, chunk: int = 1 << 22) -> Tensor:
+        """(B, k) log-probability of `tokens` (B, k), projecting at most about `chunk` scores at a time."""
+        b, k, h = self.hidden.shape
+        rows, wanted = self.hidden.reshape(b * k, h), tokens.reshape(b * k, 1)
+        first = self.project(rows[:1])
+        size = max(1, chunk // first.shape[-1])
+        parts = []
+        for start in range(0, b * k, size):
+            logits = self.project(rows[start : start + size])
+            parts.append(logits.gather(1, wanted[start : start + size])[:, 0] - torch.logsumexp(logits, -1))
+        return torch.cat(parts).view(b, k) if parts else first.new_zeros(b, k)
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Steps B rows of one LM; rows share one `State`.
+
+    `capabilities` names what this architecture's cache can really do, found by test: "crop" (one length for the whole
+    batch), "ragged" (a length for each row), "hidden" (`Step.hidden` is a real representation), "grad", "chunk" (several
+    tokens in one forward after a prefill).
+    """
+
+    capabilities: frozenset[str]
+
+    def prefill(self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Step, State]:
+        """Start B rows: `context` (B,) indexes the LM's contexts, `prefix` (B, k) are completion tokens that are there
+        already, right-padded to `lengths` (B,). Step (B, 1, V) is the law of the next token after them."""
+        ...
+
+    def extend(self, state: State, tokens: Tensor, *, grad: bool = False) -> tuple[Step, State]:
+        """Append `tokens` (B, k); Step (B, k, V) is the law of the next token after each. The given state is consumed."""
+        ...
+
+    def crop(self, state: State, lengths: Tensor) -> State:
+        """Cut each row back to `lengths` (B,) completion tokens."""
+        ...
+
+    def select(self, state: State, index: Tensor) -> State:
+        """Rows `index` (M,): reorder, compact and expand in one."""
+        ...
+
+
+class _Outcomes(constraints.Constraint):
+    """Canonical outcomes of one LM: they end at EOS or the cap, with pad ids after the end."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        rows = value.reshape(-1, value.shape[-1])
+        good = (rows >= 0).all(-1) & (rows < self.lm.vocab_size).all(-1) & (rows.shape[-1] == self.lm.max_new_tokens)
+        result: Tensor = good.view(value.shape[:-1])
+        return result
+
+
+class LanguageModel(TorchDistribution):
+    """A law over token sequences, one for each of C contexts: batch shape (C,), event shape (T,).
+
+    Usable under `pyro.sample`, `pyro.plate` and `pyro.condition`; values are int64 ids of shape sample_shape + (C, T),
+    with `pad_id` after the end of a row. Subclasses give the attributes below, `decoder`, and `decode`.
+
+    Parameters
+    ----------
+    prompts : sequence of str
+        Text of the C contexts.
+    vocab_size, max_new_tokens, pad_id : int
+        V, T, and the id that fills a row after its end (it may equal an EOS id, or a token that can also be drawn).
+    eos_ids : sequence of int
+        Tokens that end a row; may be empty (then every row runs to the cap).
+
+    Notes
+    -----
+    Weight of an outcome: log p(x|c) = Σ_t log p(x_t|c, x_<t) over its tokens, EOS included when it ended.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own name and kind
+    has_rsample = False
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        vocab_size: int,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        pad_id: int,
+    ) -> None:
+        if len(prompts) == 0:
+            raise ContextError("contexts: got an empty list, expected at least one context (use '' for the empty one)")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
+        self.prompts = tuple(prompts)
+        self.vocab_size = vocab_size
+        self.max_new_tokens = max_new_tokens
+        self.eos_ids = tuple(sorted(set(eos_ids)))
+        self.pad_id = pad_id
+        super().__init__(torch.Size((len(prompts),)), torch.Size((max_new_tokens,)), validate_args=False)
+
+    # What a subclass gives.
+
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """A fresh decoder; it holds no rows."""
+
+    @abstractmethod
+    def decode(self, sequences: Sequences) -> list[str]:
+        """The N completion texts, special tokens removed."""
+
+    @abstractmethod
+    def with_contexts(self, contexts: Sequence[Any]) -> LanguageModel:
+        """The same LM for other contexts, weights shared."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A content hash of weights, contexts and options: equal laws have equal fingerprints."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of log-probabilities."""
+        return torch.float32
+
+    @property
+    def context_lengths(self) -> Tensor:
+        """(C,) tokens of each context, as the network reads them: what a prefill costs."""
+        return torch.ones(self.num_contexts, dtype=torch.int64)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and log-probabilities live."""
+        return torch.device("cpu")
+
+    def bytes_per_row(self, num_tokens: int) -> int:
+        """Memory that one decoding row of `num_tokens` completion tokens needs: cache and next-token scores."""
+        return 8 * num_tokens + 4 * 8 * self.vocab_size
+
+    def ended(self, ids: Tensor, step: int) -> Tensor:
+        """(B,) whether the rows `ids` (B, ≥ step+1), alive before, end with the token at `step`: EOS here; stop strings
+        in LMs that have them. The cap is not asked here."""
+        if not self.eos_ids:
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return torch.isin(ids[:, step], torch.tensor(self.eos_ids, device=ids.device))
+
+    # What every LM has.
+
+    @property
+    def num_contexts(self) -> int:
+        """C."""
+        return len(self.prompts)
+
+    def draw(self, num_draws: int, *, generator: torch.Generator | None = None, cost: Cost | None = None) -> Draws:
+        """`num_draws` exact draws per context with their log-probabilities, from the same forwards.
+
+        Rows are ordered by context. `log_prior` and `log_q` both hold log p(x|c); weights are equal.
+
+        Parameters
+        ----------
+        num_draws : int
+            Rows per context.
+        generator : torch.Generator, optional
+            Source of randomness; torch's global one if None.
+        cost : Cost, optional
+            Counter that the forwards are added to.
+        """
+        from lmppl.lm.decoding import draw
+
+        return draw(self, num_draws, generator=generator, cost=cost)
+
+    def token_log_probs(self, sequences: Sequences, *, cost: Cost | None = None) -> Tensor:
+        """(N, T) log p(x_t|c, x_<t) of each token, 0 after the end of a row.
+
+        Sums to `score` where the row is an outcome; the outcome's form (ends at EOS or cap) is checked there, not here.
+        """
+        from lmppl.lm.decoding import token_log_probs
+
+        return token_log_probs(self, sequences, cost=cost)
+
+    def score(self, sequences: Sequences, *, cost: Cost | None = None) -> Tensor:
+        """(N,) log p(x|c), in nats; −inf for rows that are no outcome of this LM (see `is_outcome`)."""
+        total = self.token_log_probs(sequences, cost=cost).sum(-1)
+        return total.masked_fill(~self.is_outcome(sequences), -torch.inf)
+
+    def is_outcome(self, sequences: Sequences) -> Tensor:
+        """(N,) bool: the row ends exactly where this LM would end it, by EOS or at the cap."""
+        parsed = self.parse(sequences.ids, sequences.context)
+        whole = sequences.finished | sequences.lengths.eq(self.max_new_tokens)
+        return parsed.lengths.eq(sequences.lengths) & parsed.finished.eq(sequences.finished) & whole
+
+    def parse(self, ids: Tensor, context: Tensor) -> Sequences:
+        """Rows of ids (N, T) as sequences: each ends at its first terminal token, or at the cap."""
+        width = ids.shape[1]
+        lengths = torch.full((len(ids),), width, dtype=torch.int64, device=ids.device)
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for step in range(width):
+            alive = torch.nonzero(~finished).squeeze(1)
+            if len(alive) == 0:
+                break
+            over = alive[self.ended(ids[alive], step)]
+            finished[over] = True
+            lengths[over] = step + 1
+        after = torch.arange(width, device=ids.device) >= lengths[:, None]
+        clean = ids.masked_fill(after, self.pad_id)
+        return Sequences(clean, lengths, finished, context, self.prompts, self.decode)
+
+    def sequences(self, rows: Sequence[Sequence[int]], context: Sequence[int] | None = None) -> Sequences:
+        """Token lists as `Sequences` of this LM, `context` (default 0) for each."""
+        ids = torch.full((len(rows), self.max_new_tokens), self.pad_id, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            if len(row) > self.max_new_tokens:
+                raise ShapeError(f"sequences: row {i} has {len(row)} tokens, expected at most {self.max_new_tokens}")
+            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+        where = torch.tensor([0] * len(rows) if context is None else list(context), dtype=torch.int64)
+        ids, lengths, where = ids.to(self.device), lengths.to(self.device), where.to(self.device)
+        parsed = self.parse(ids, where)
+        finished = parsed.finished & parsed.lengths.eq(lengths)
+        return Sequences(ids, lengths, finished, where, self.prompts, self.decode)
+
+    # torch.distributions and Pyro.
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Outcomes as ids of shape (T,)."""
+        return _Outcomes(self)
+
+    def sample(self, sample_shape: Sequence[int] | torch.Size = torch.Size()) -> Tensor:
+        """Ids of shape sample_shape + (C, T), drawn with torch's global generator."""
+        shape = torch.Size(sample_shape)
+        draws = self.draw(shape.numel())
+        by_context = draws.ids.view(self.num_contexts, shape.numel(), self.max_new_tokens)
+        return by_context.transpose(0, 1).reshape(shape + self.batch_shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(x|c) of ids with shape sample_shape + (C, T): shape sample_shape + (C,), in nats.
+
+        −inf where a row does not hold `pad_id` after its end: each outcome has one canonical form, so that the
+        probabilities of all ids sum to 1.
+        """
+        if value.shape[-1:] != self.event_shape:
+            raise ShapeError(f"log_prob: got last dimension {tuple(value.shape[-1:])}, expected {tuple(self.event_shape)}")
+        if value.is_floating_point():
+            raise ShapeError(f"log_prob: got ids of dtype {value.dtype}, expected int64")
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        ids = value.expand(lead + self.event_shape).reshape(-1, self.max_new_tokens)
+        context = torch.arange(self.num_contexts, device=ids.device).expand(lead).reshape(-1)
+        parsed = self.parse(ids, context)
+        canonical = (parsed.ids == ids).all(-1)
+        total = self.token_log_probs(parsed).sum(-1)
+        return total.masked_fill(~canonical, -torch.inf).view(lead)
+
+    def enumerate_sequences(
+        self, context: int = 0, *, max_sequences: int = ENUMERATION_GUARD, cost: Cost | None = None
+    ) -> Draws:
+        """Every outcome of positive probability for one context, with its log-probability, prefix by prefix.
+
+        Raises
+        ------
+        SupportTooLarge
+            As soon as more than `max_sequences` prefixes are alive or finished.
+        """
+        from lmppl.lm.decoding import enumerate_outcomes
+
+        return enumerate_outcomes(self, context, max_sequences=max_sequences, cost=cost)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """(S, C, T) ids of every outcome (S, 1, T if not `expand`), those of zero probability under a context included
+        where another context gives them some.
+
+        Raises
+        ------
+        SupportTooLarge
+            Where there are more than 200,000 outcomes.
+        """
+        rows = torch.cat([self.enumerate_sequences(c).ids for c in range(self.num_contexts)])
+        values = torch.unique(rows, dim=0).unsqueeze(1)
+        return values.expand(-1, self.num_contexts, -1) if expand else values
+
+
+    def __or__(self, contexts: Any) -> LanguageModel:
+        """The same LM for other contexts: one, or a list of them."""
+        return self.with_contexts(contexts if isinstance(contexts, list) else [contexts])
+
+    def __repr__(self) -> str:
+        shown = repr(self.prompts[0]) if self.num_contexts == 1 else f"{self.num_contexts} contexts"
+        return f"{type(self).__name__}({shown}, max_new_tokens={self.max_new_tokens})"
+
+
+def guard_support(count: int, limit: int) -> None:
+    """Raise `SupportTooLarge` where `count` exceeds `limit`."""
+    if count > limit:
+        raise SupportTooLarge(
+            f"enumeration: more than {limit:,} outcomes; lower max_new_tokens or the vocabulary, raise "
+            "max_sequences, or use an engine that samples (rejection, importance)"
+        )

@@ -1,0 +1,164 @@
+"""Key-value caches that a decoder can extend, select and crop without copying what stays.
+
+A config-less cache of `BufferedLayer` keeps every position of every layer, rows right-aligned: the last token of each row
+is in the last column, and a row that is shorter than the widest one starts further right. Masks that models derive from
+column distances (sliding windows, relative biases) are then right for every row, which masked holes in the middle are not.
+Architectures with recurrent state need the cache that transformers builds from the config; that one can only be selected.
+
+Imports transformers, so it is imported when a model is loaded, not with lmppl.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+__all__ = ["BufferedLayer", "CacheKind", "crop_rows", "make_cache", "select_rows"]
+
+CacheKind = Literal["buffer", "config", "none"]
+
+
+class BufferedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers (rows, heads, capacity, size) that are written in place.
+
+    Parameters
+    ----------
+    capacity : int
+        Columns to allocate first; a full buffer grows to twice its columns.
+
+    Notes
+    -----
+    Under autograd nothing is written in place: the new columns are concatenated, so that gradients reach them.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.rows = 0
+        self.key_buffer: Tensor | None = None
+        self.value_buffer: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; returns views of all columns so far."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.rows, before = key_states.shape[0], self.length
+        self.length += key_states.shape[2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self._tracked()):
+            self.key_buffer = key_states if before == 0 else torch.cat([self.keys, key_states], 2)
+            self.value_buffer = value_states if before == 0 else torch.cat([self.values, value_states], 2)
+        else:
+            self.key_buffer = self._written(self.key_buffer, key_states, before)
+            self.value_buffer = self._written(self.value_buffer, value_states, before)
+        return self._view()
+
+    def get_seq_length(self) -> int:
+        """Columns held."""
+        return self.length
+
+    def select_in_place(self, target: Tensor, source: Tensor, rows: int) -> None:
+        """Copy rows `source` over rows `target`, then keep the first `rows` rows."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            if buffer is not None and len(target):
+                buffer[target, :, : self.length] = buffer[source, :, : self.length]
+        self.rows = rows
+        self._view()
+
+    def select_copy(self, index: Tensor) -> None:
+        """Rows `index`, into fresh buffers."""
+        self.key_buffer = self._copied(self.key_buffer, index)
+        self.value_buffer = self._copied(self.value_buffer, index)
+        self.rows = len(index)
+        self._view()
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` columns."""
+        self.length = length
+        self._view()
+
+    def gather_columns(self, columns: Tensor) -> None:
+        """Row i's new columns are its old columns `columns[i]` (rows, width)."""
+        index = columns[:, None, :, None]
+        for name in ("key_buffer", "value_buffer"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                _, heads, _, size = buffer.shape
+                moved = buffer[: self.rows].gather(2, index.expand(-1, heads, -1, size))
+                setattr(self, name, moved)
+        self.length = columns.shape[1]
+        self._view()
+
+    def _tracked(self) -> bool:
+        return self.key_buffer is not None and self.key_buffer.requires_grad
+
+    def _written(self, buffer: Tensor | None, states: Tensor, before: int) -> Tensor:
+        rows, heads, _, size = states.shape
+        if buffer is None or buffer.shape[2] < self.length or buffer.requires_grad:
+            columns = max(self.capacity, self.length if buffer is None else 2 * buffer.shape[2], self.length)
+            grown = states.new_empty(rows, heads, columns, size)
+            if buffer is not None:
+                grown[:, :, :before] = buffer[:rows, :, :before]
+            buffer = grown
+        buffer[:rows, :, before : self.length] = states
+        return buffer
+
+    def _copied(self, buffer: Tensor | None, index: Tensor) -> Tensor | None:
+        if buffer is None or buffer.requires_grad:
+            return buffer if buffer is None else buffer[:, :, : self.length].index_select(0, index)
+        _, heads, columns, size = buffer.shape
+        fresh = buffer.new_empty(len(index), heads, max(columns, self.capacity), size)
+        fresh[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, index)
+        return fresh
+
+    def _view(self) -> tuple[Tensor, Tensor]:
+        if self.key_buffer is not None and self.value_buffer is not None:
+            self.keys = self.key_buffer[: self.rows, :, : self.length]
+            self.values = self.value_buffer[: self.rows, :, : self.length]
+        return self.keys, self.values
+
+
+class _BufferedCache(Cache):
+    """Layers appear as the model first writes them, each with the capacity asked for."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layer_class_to_replicate=lambda: BufferedLayer(capacity))
+
+
+def make_cache(kind: CacheKind, config: Any, capacity: int) -> Cache | None:
+    """An empty cache: `buffer` (right-aligned, croppable), `config` (as transformers builds it), or none at all."""
+    if kind == "buffer":
+        return _BufferedCache(capacity)
+    return DynamicCache(config=config) if kind == "config" else None
+
+
+def select_rows(cache: Cache, index: Tensor) -> None:
+    """Keep rows `index` (M,): in place where every row that moves comes from behind the M-th, as compaction makes it."""
+    if not isinstance(cache, _BufferedCache):
+        cache.reorder_cache(index)  # the only row selection that every layer type of transformers has
+        return
+    layers = [layer for layer in cache.layers if layer.key_buffer is not None]
+    if not layers:
+        return
+    count = len(index)
+    place = torch.arange(count, device=index.device)
+    target = torch.nonzero(index != place).squeeze(1)
+    source = index[target]
+    fits = count <= layers[0].rows and not any(layer._tracked() for layer in layers)
+    if fits and (len(target) == 0 or int(source.min()) >= count):
+        for layer in layers:
+            layer.select_in_place(target, source, count)
+    else:
+        for layer in layers:
+            layer.select_copy(index)
+
+
+def crop_rows(cache: Cache, width: int, columns: Tensor | None) -> None:
+    """Keep the first `width` columns, or (rows, width) chosen `columns` where rows are cut to different lengths."""
+    for layer in cache.layers:
+        if columns is None:
+            layer.truncate(width)
+        else:
+            layer.gather_columns(columns)

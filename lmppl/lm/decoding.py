@@ -1,0 +1,256 @@
+"""The decode loop: the only place that generates or teacher-forces tokens, for every language model.
+
+Drawing keeps log p(x_t|c, x_<t) of the token it draws, from the same forward. Rows of one micro-batch share one decoder
+state; finished rows are compacted out of it; a context is prefilled once in a micro-batch and expanded. Micro-batches
+have a size that is fixed before the first forward, so that the same seed repeats the same draws.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError
+from lmppl.lm.base import Decoder, LanguageModel, State, Step, guard_support
+from lmppl.sequences import Cost, Draws, Sequences, concatenate
+
+__all__ = ["CountingDecoder", "draw", "draw_rows", "enumerate_outcomes", "plan_rows", "sample_tokens", "token_log_probs"]
+
+MEMORY_BUDGET = 1 << 30  # bytes that one micro-batch may take
+BLOCK = 256  # vocabulary entries that share one partial sum in `sample_tokens`
+
+
+class CountingDecoder:
+    """A decoder that adds what it does to a `Cost`: one forward a call, its rows × positions as tokens."""
+
+    def __init__(self, lm: LanguageModel, cost: Cost) -> None:
+        self.decoder: Decoder = lm.decoder()
+        self.capabilities = self.decoder.capabilities
+        self.cost = cost
+        self._context_lengths = lm.context_lengths
+
+    def prefill(self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Step, State]:
+        """As `Decoder.prefill`."""
+        self.cost.lm_forwards += 1
+        self.cost.lm_tokens += int(self._context_lengths[context.cpu()].sum())
+        if lengths is not None:
+            self.cost.lm_tokens += int(lengths.sum())
+        return self.decoder.prefill(context, prefix, lengths)
+
+    def extend(self, state: State, tokens: Tensor, *, grad: bool = False) -> tuple[Step, State]:
+        """As `Decoder.extend`."""
+        self.cost.lm_forwards += 1
+        self.cost.lm_tokens += tokens.numel()
+        return self.decoder.extend(state, tokens, grad=grad)
+
+    def crop(self, state: State, lengths: Tensor) -> State:
+        """As `Decoder.crop`."""
+        return self.decoder.crop(state, lengths)
+
+    def select(self, state: State, index: Tensor) -> State:
+        """As `Decoder.select`."""
+        return self.decoder.select(state, index)
+
+
+def plan_rows(lm: LanguageModel, num_rows: int, *, budget: int = MEMORY_BUDGET) -> int:
+    """Rows in one micro-batch: as many as `budget` bytes hold, at least 1, at most `num_rows`.
+
+    Depends on the LM's shape and the budget alone, never on the memory that happens to be free.
+    """
+    return max(1, min(num_rows, budget // lm.bytes_per_row(lm.max_new_tokens)))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token a row from softmax(logits) by inverting its distribution function, and score it.
+
+    The distribution function is summed in two levels, blocks first and then inside one block, in float64: one pass of
+    exponentials, and tail tokens keep their probability to float32's relative, not absolute, precision.
+
+    Parameters
+    ----------
+    logits : Tensor (B, V)
+        Unnormalised log-probabilities; −inf excludes a token.
+    uniforms : Tensor (B,), float64
+        In [0, 1), one a row.
+
+    Returns
+    -------
+    tokens : Tensor (B,), int64
+    log_probs : Tensor (B,)
+        log softmax(logits) at the tokens, in nats.
+    """
+    rows, vocab = logits.shape
+    blocks = -(-vocab // BLOCK)
+    top = logits.amax(-1, keepdim=True)
+    mass = logits.new_empty(rows, blocks * BLOCK)
+    torch.sub(logits, top, out=mass[:, :vocab])
+    mass[:, :vocab].exp_()
+    mass[:, vocab:] = 0.0
+    mass = mass.view(rows, blocks, BLOCK)
+    edges = mass.sum(-1).double().cumsum(-1)
+    total = edges[:, -1:]
+    target = uniforms[:, None] * total
+    block = _invert(edges, target)
+    below = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inner = mass[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)
+    share = (target - below) / (edges.gather(1, block) - below)
+    token = block * BLOCK + _invert(inner, share * inner[:, -1:])
+    log_probs = (logits.gather(1, token) - top).double() - total.log()
+    return token[:, 0], log_probs[:, 0].to(logits.dtype)
+
+
+def _invert(edges: Tensor, target: Tensor) -> Tensor:
+    """First index whose edge exceeds the target; rounding can lift a target to the last edge, which then stands for the
+    last index of positive mass."""
+    index = torch.searchsorted(edges, target, right=True)
+    last = (edges < edges[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(index, last)
+
+
+def draw(
+    lm: LanguageModel,
+    num_draws: int,
+    *,
+    generator: torch.Generator | None = None,
+    cost: Cost | None = None,
+    batch_size: int | None = None,
+) -> Draws:
+    """`num_draws` exact draws for each context of `lm`, rows ordered by context. See `LanguageModel.draw`."""
+    if num_draws < 1:
+        raise ModelError(f"num_draws: got {num_draws}, expected at least 1")
+    context = torch.arange(lm.num_contexts).repeat_interleave(num_draws)
+    size = batch_size or plan_rows(lm, len(context))
+    parts = [draw_rows(lm, rows, generator=generator, cost=cost) for rows in context.split(size)]
+    return concatenate(parts, pad_id=lm.pad_id)
+
+
+def draw_rows(
+    lm: LanguageModel, context: Tensor, *, generator: torch.Generator | None = None, cost: Cost | None = None
+) -> Draws:
+    """One micro-batch: a draw for each entry of `context` (B,), with its log-probability.
+
+    Costs one forward for the prefill of the distinct contexts and one for each further token, until the last row ends.
+    """
+    decoder = CountingDecoder(lm, Cost() if cost is None else cost)
+    batch, horizon, device = len(context), lm.max_new_tokens, lm.device
+    where = generator.device if generator is not None else torch.device("cpu")
+    uniforms = torch.rand(horizon, batch, dtype=torch.float64, generator=generator, device=where).to(device)
+    context = context.to(device)
+    ids = torch.full((batch, horizon), lm.pad_id, dtype=torch.int64, device=device)
+    lengths = torch.full((batch,), horizon, dtype=torch.int64, device=device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    log_p = torch.zeros(batch, dtype=lm.dtype, device=device)
+
+    with torch.no_grad():
+        distinct, row_of = torch.unique(context, return_inverse=True)
+        step, state = decoder.prefill(distinct)
+        logits = step.logits[:, -1][row_of]
+        state = decoder.select(state, row_of)
+        live = torch.arange(batch, device=device)
+        for t in range(horizon):
+            tokens, token_log_p = sample_tokens(logits, uniforms[t, live])
+            ids[live, t] = tokens
+            log_p[live] += token_log_p
+            over = lm.ended(ids[live, : t + 1], t)
+            if t + 1 < horizon and bool(over.any()):
+                keep = _compacting_index(over)
+                lengths[live[over]] = t + 1
+                finished[live[over]] = True
+                live, tokens = live[keep], tokens[keep]
+                if len(live) == 0:
+                    break
+                state = decoder.select(state, keep)
+            elif t + 1 == horizon:
+                finished[live[over]] = True
+                break
+            step, state = decoder.extend(state, tokens[:, None])
+            logits = step.logits[:, -1]
+
+    if not bool(torch.isfinite(log_p).all()):
+        raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
+    return Draws(
+        ids, lengths, finished, context, lm.prompts, lm.decode,
+        log_prior=log_p, log_q=log_p, log_weight=torch.zeros_like(log_p),
+    )  # fmt: skip
+
+
+def _compacting_index(over: Tensor) -> Tensor:
+    """Live rows, in an order that moves as few as possible: the tail's live rows fill the holes of the head."""
+    count = int((~over).sum())
+    index = torch.arange(count, device=over.device)
+    holes = torch.nonzero(over[:count]).squeeze(1)
+    index[holes] = count + torch.nonzero(~over[count:]).squeeze(1)
+    return index
+
+
+def token_log_probs(
+    lm: LanguageModel, sequences: Sequences, *, cost: Cost | None = None, batch_size: int | None = None
+) -> Tensor:
+    """(N, T) log p(x_t|c, x_<t), teacher-forced in length-sorted micro-batches; 0 after the end of a row."""
+    counter = Cost() if cost is None else cost
+    result = torch.zeros(sequences.ids.shape, dtype=lm.dtype, device=lm.device)
+    if len(sequences) == 0:
+        return result
+    ids, lengths, context = (x.to(lm.device) for x in (sequences.ids, sequences.lengths, sequences.context))
+    order = torch.argsort(lengths * lm.num_contexts + context, stable=True)
+    size = batch_size or plan_rows(lm, len(order))
+    with torch.no_grad():
+        for rows in order.split(size):
+            width = int(lengths[rows].max())
+            tokens = ids[rows, :width]
+            decoder = CountingDecoder(lm, counter)
+            distinct, row_of = torch.unique(context[rows], return_inverse=True)
+            step, state = decoder.prefill(distinct)
+            result[rows, 0] = torch.log_softmax(step.logits[:, -1], -1)[row_of, tokens[:, 0]]
+            if width > 1:
+                state = decoder.select(state, row_of)
+                step, _ = decoder.extend(state, tokens[:, :-1])
+                result[rows, 1:width] = step.log_prob_of(tokens[:, 1:])
+    after = torch.arange(result.shape[1], device=lm.device) >= lengths[:, None]
+    return result.masked_fill_(after, 0.0)
+
+
+def enumerate_outcomes(
+    lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None
+) -> Draws:
+    """Every outcome of positive probability given one context, breadth first. See `LanguageModel.enumerate_sequences`."""
+    decoder = CountingDecoder(lm, Cost() if cost is None else cost)
+    device, horizon = lm.device, lm.max_new_tokens
+    done: list[tuple[Tensor, Tensor, bool]] = []
+    num_done = 0
+    with torch.no_grad():
+        step, state = decoder.prefill(torch.tensor([context], device=device))
+        prefixes = torch.full((1, horizon), lm.pad_id, dtype=torch.int64, device=device)
+        log_p = torch.zeros(1, dtype=lm.dtype, device=device)
+        for t in range(horizon):
+            scores = log_p[:, None] + step.log_probs[:, -1]
+            parent, token = torch.nonzero(scores > -torch.inf, as_tuple=True)
+            guard_support(num_done + len(parent), max_sequences)
+            prefixes = prefixes[parent]
+            prefixes[:, t] = token
+            log_p = scores[parent, token]
+            over = lm.ended(prefixes[:, : t + 1], t)
+            last = t + 1 == horizon
+            done.append((prefixes[over], log_p[over], True))
+            if last:
+                done.append((prefixes[~over], log_p[~over], False))
+            num_done += int(over.sum())
+            alive = torch.nonzero(~over).squeeze(1)
+            if last or len(alive) == 0:
+                break
+            prefixes, log_p = prefixes[alive], log_p[alive]
+            state = decoder.select(state, parent[alive])
+            step, state = decoder.extend(state, token[alive][:, None])
+    return _outcomes_as_draws(lm, context, done)
+
+
+def _outcomes_as_draws(lm: LanguageModel, context: int, done: list[tuple[Tensor, Tensor, bool]]) -> Draws:
+    ids = torch.cat([d[0] for d in done])
+    log_p = torch.cat([d[1] for d in done])
+    finished = torch.cat([torch.full((len(d[0]),), d[2], device=ids.device) for d in done])
+    where = torch.full((len(ids),), context, dtype=torch.int64, device=ids.device)
+    lengths = lm.parse(ids, where).lengths
+    columns: dict[str, Any] = {"log_prior": log_p, "log_q": log_p, "log_weight": log_p}
+    return Draws(ids, lengths, finished, where, lm.prompts, lm.decode, **columns)

@@ -1,0 +1,366 @@
+"""TabularLM: a language model given by explicit tables, exact at any horizon.
+
+A deterministic machine reads the tokens: state s has next-token log-probabilities `log_table[s]` and moves to
+`next_state[s, token]`. Order-k conditionals and dictionaries of prefixes are both such machines. Because the machine is
+finite, dynamic programming over it (`Exact`) stays exact at horizons that nobody can enumerate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ContextError, ModelError, ShapeError
+from lmppl.lm.base import LanguageModel, Step
+from lmppl.sequences import Sequences
+
+__all__ = ["TabularLM"]
+
+MAX_STATES = 1_000_000
+
+
+class TabularState(NamedTuple):
+    """Machine state of each row after each of its tokens: history (B, t+1), so that rows can be cropped."""
+
+    history: Tensor
+
+
+class TabularDecoder:
+    """The `Decoder` of a `TabularLM`: a forward is one look-up."""
+
+    capabilities = frozenset({"crop", "ragged", "chunk"})
+
+    def __init__(self, lm: TabularLM) -> None:
+        self.lm = lm
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.lm.log_table[hidden[:, 0]]
+
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, TabularState]:
+        """As `Decoder.prefill`."""
+        state = TabularState(self.lm.initial[context][:, None])
+        if prefix is not None and prefix.shape[1] > 0:
+            _, state = self.extend(state, prefix)
+            if lengths is not None:
+                state = self.crop(state, lengths)
+        return Step(self._project, state.history[:, -1:, None]), state
+
+    def extend(self, state: TabularState, tokens: Tensor, *, grad: bool = False) -> tuple[Step, TabularState]:
+        """As `Decoder.extend`."""
+        history = [state.history[:, -1]]
+        for column in tokens.unbind(1):
+            history.append(self.lm.next_state[history[-1], column])
+        new = torch.stack(history[1:], 1)
+        return Step(self._project, new[:, :, None]), TabularState(torch.cat([state.history, new], 1))
+
+    def crop(self, state: TabularState, lengths: Tensor) -> TabularState:
+        """As `Decoder.crop`; rows are right-aligned, so that each ends in its own last state."""
+        width = int(lengths.max()) + 1
+        columns = (lengths[:, None] + 1 - width + torch.arange(width)).clamp_min(0)
+        return TabularState(state.history.gather(1, columns))
+
+    def select(self, state: TabularState, index: Tensor) -> TabularState:
+        """As `Decoder.select`."""
+        return TabularState(state.history[index])
+
+
+class TabularLM(LanguageModel):
+    """An LM of explicit conditional tables over a small vocabulary.
+
+    Parameters
+    ----------
+    table : array-like, shape (V+1,) * k + (V,)
+        Order-k conditionals p(x_t | x_{t−k}..x_{t−1}): probabilities whose last axis sums to 1. Each history axis has one
+        entry a token and, last, one for "before the start". k = 0 is a shape of (V,).
+    vocabulary : sequence of str, optional
+        The symbols; by default "a", "b", ... with "<eos>" at index `eos`.
+    eos : int or str or None
+        The symbol that ends a row; None means that every row runs to the cap.
+    max_new_tokens : int
+        The cap T.
+    context : str, sequence of symbols, or a list of these
+        What comes before: strings are read symbol by symbol (greedily, longest first). The empty string is the start.
+
+    Raises
+    ------
+    ShapeError, ModelError
+        Where the table has the wrong shape, is negative, or its rows do not sum to 1 (within 1e-6).
+    ContextError
+        Where a context holds something that is no symbol.
+
+    Examples
+    --------
+    >>> lm = TabularLM([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0, 0, 1], [0.6, 0.4, 0]], ["a", "b", "<eos>"], max_new_tokens=4)
+    >>> float(lm.enumerate_sequences().log_prior.exp().sum())
+    1.0
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        vocabulary: Sequence[str] | None = None,
+        *,
+        eos: int | str | None = -1,
+        max_new_tokens: int,
+        context: Any = "",
+    ) -> None:
+        probs = torch.as_tensor(table, dtype=torch.float64)
+        size = probs.shape[-1] if probs.dim() else 0
+        order = probs.dim() - 1
+        if size == 0 or probs.shape[:-1] != (size + 1,) * order:
+            raise ShapeError(
+                f"TabularLM: got a table of shape {tuple(probs.shape)}, expected (V+1,) * k + (V,): each history axis has "
+                "one entry a symbol and a last one for 'before the start'"
+            )
+        _check_conditionals(probs)
+        self.order = order
+        states = torch.arange((size + 1) ** order)
+        following = (states[:, None] * (size + 1) + torch.arange(size)) % max(1, (size + 1) ** order)
+        start = (size + 1) ** order - 1  # every digit of the history is "before the start"
+        self._setup(probs.reshape(-1, size).log(), following, start, vocabulary, eos, max_new_tokens, context)
+
+    def _setup(
+        self,
+        log_table: Tensor,
+        next_state: Tensor,
+        start: int,
+        vocabulary: Sequence[str] | None,
+        eos: int | str | None,
+        max_new_tokens: int,
+        context: Any,
+    ) -> None:
+        size = log_table.shape[1]
+        eos_index = _resolve_eos(eos, vocabulary, size)
+        if vocabulary is None:
+            vocabulary = ["<eos>" if i == eos_index else _letters(i) for i in range(size)]
+        if len(vocabulary) != size or len(set(vocabulary)) != size:
+            raise ShapeError(f"TabularLM: got {len(set(vocabulary))} distinct symbols, expected V = {size}")
+        self.log_table, self.next_state, self.start = log_table, next_state, start
+        self.vocabulary = tuple(vocabulary)
+        self.eos_index = eos_index
+        contexts = context if isinstance(context, list) else [context]
+        rows = [self._encode(c) for c in contexts]
+        super().__init__(
+            ["".join(self.vocabulary[t] for t in row) for row in rows],
+            vocab_size=size,
+            max_new_tokens=max_new_tokens,
+            eos_ids=[] if eos_index is None else [eos_index],
+            pad_id=0 if eos_index is None else eos_index,
+        )
+        self.initial = torch.tensor([self._walk(row) for row in rows])
+
+    # Other ways to make one.
+
+    @classmethod
+    def from_prefixes(
+        cls,
+        prefixes: Mapping[Any, Sequence[float]],
+        vocabulary: Sequence[str] | None = None,
+        *,
+        eos: int | str | None = -1,
+        max_new_tokens: int,
+        context: Any = "",
+    ) -> TabularLM:
+        """From a dictionary: prefix (a tuple of token ids or of symbols, or a string of symbols) → probabilities (V,).
+
+        Every prefix that can be reached with positive probability below the cap must be there.
+
+        Raises
+        ------
+        ModelError
+            Naming the first reachable prefix that is missing.
+        """
+        size = len(next(iter(prefixes.values())))
+        self = cls.__new__(cls)
+        eos_index = _resolve_eos(eos, vocabulary, size)
+        symbols = list(vocabulary) if vocabulary is not None else None
+        index: dict[tuple[int, ...], int] = {}
+        for key in prefixes:
+            parts = _split(key, symbols) if isinstance(key, str) and symbols else list(key)
+            row = tuple(symbols.index(p) if symbols and isinstance(p, str) else int(p) for p in parts)
+            index[row] = len(index)
+        probs = torch.tensor([list(p) for p in prefixes.values()], dtype=torch.float64)
+        _check_conditionals(probs)
+        dead = len(index)
+        following = torch.full((dead + 1, size), dead)
+        for row, i in index.items():
+            for token in range(size):
+                child = (*row, token)
+                if child in index:
+                    following[i, token] = index[child]
+                elif probs[i, token] > 0 and token != eos_index and len(child) < max_new_tokens:
+                    raise ModelError(f"TabularLM.from_prefixes: prefix {child} can be reached but has no entry")
+        log_table = torch.cat([probs.log(), torch.full((1, size), -torch.inf, dtype=torch.float64)])
+        if () not in index:
+            raise ModelError("TabularLM.from_prefixes: the empty prefix () has no entry")
+        self.order = max(len(r) for r in index)
+        self._setup(log_table, following, index[()], vocabulary, eos, max_new_tokens, context)
+        return self
+
+    @classmethod
+    def random(
+        cls,
+        vocab_size: int,
+        max_new_tokens: int,
+        *,
+        order: int = 1,
+        seed: int = 0,
+        concentration: float = 1.0,
+        eos: int | str | None = -1,
+        context: Any = "",
+    ) -> TabularLM:
+        """From a seed: each conditional is a symmetric Dirichlet(`concentration`) draw."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (vocab_size + 1,) * order + (vocab_size,)
+        alpha = torch.full(shape, concentration, dtype=torch.float64)
+        gammas = torch._standard_gamma(alpha, generator=generator)
+        return cls(gammas / gammas.sum(-1, keepdim=True), eos=eos, max_new_tokens=max_new_tokens, context=context)
+
+    @classmethod
+    def from_counts(
+        cls,
+        text: str | Sequence[str],
+        *,
+        order: int = 1,
+        smoothing: float = 0.0,
+        level: Literal["character", "word"] = "character",
+        max_new_tokens: int,
+        context: Any = "",
+    ) -> TabularLM:
+        """From the n-gram counts of a text; each line is one document, ended by "<eos>".
+
+        p(x_t|history) = (count + `smoothing`) / (Σ count + V·`smoothing`); a history that never occurs is uniform.
+        """
+        lines = text.splitlines() if isinstance(text, str) else list(text)
+        documents = [_symbols_of(line, level) for line in lines if line]
+        if not documents:
+            raise ModelError("TabularLM.from_counts: got an empty text")
+        vocabulary = [*sorted({s for d in documents for s in d}), "<eos>"]
+        size = len(vocabulary)
+        if (size + 1) ** order > MAX_STATES:
+            raise ModelError(f"TabularLM.from_counts: {size + 1}^{order} histories exceed {MAX_STATES:,}; lower the order")
+        code = {s: i for i, s in enumerate(vocabulary)}
+        counts = torch.full((size + 1,) * order + (size,), smoothing, dtype=torch.float64)
+        for document in documents:
+            ids = [size] * order + [code[s] for s in document] + [size - 1]
+            for t in range(order, len(ids)):
+                counts[tuple(ids[t - order : t + 1])] += 1
+        totals = counts.sum(-1, keepdim=True)
+        probs = torch.where(totals > 0, counts / totals.clamp_min(1e-300), 1.0 / size)
+        return cls(probs, vocabulary, max_new_tokens=max_new_tokens, context=context)
+
+    # The contract.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64: a table costs nothing more."""
+        return torch.float64
+
+    @property
+    def context_lengths(self) -> Tensor:
+        """(C,) zeros count as one look-up."""
+        return torch.ones(self.num_contexts, dtype=torch.int64)
+
+    def decoder(self) -> TabularDecoder:
+        """As `LanguageModel.decoder`."""
+        return TabularDecoder(self)
+
+    def decode(self, sequences: Sequences) -> list[str]:
+        """Symbols joined, EOS left out."""
+        skip = self.eos_index
+        return ["".join(self.vocabulary[t] for t in row if t != skip) for row in sequences.token_lists()]
+
+    def with_contexts(self, contexts: Sequence[Any]) -> TabularLM:
+        """The same tables for other contexts."""
+        other = TabularLM.__new__(TabularLM)
+        other.order = self.order
+        eos, cap = self.eos_index, self.max_new_tokens
+        other._setup(self.log_table, self.next_state, self.start, self.vocabulary, eos, cap, list(contexts))
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """As `LanguageModel.fingerprint`."""
+        digest = hashlib.sha256()
+        for tensor in (self.log_table, self.next_state, self.initial):
+            digest.update(tensor.numpy().tobytes())
+        digest.update(repr((self.vocabulary, self.eos_index, self.max_new_tokens, self.prompts)).encode())
+        return digest.hexdigest()[:16]
+
+    def bytes_per_row(self, num_tokens: int) -> int:
+        """As `LanguageModel.bytes_per_row`."""
+        return 8 * (2 * num_tokens + 6 * max(self.vocab_size, 256))
+
+    def _encode(self, context: Any) -> list[int]:
+        parts = _split(context, self.vocabulary) if isinstance(context, str) else list(context)
+        row = []
+        for part in parts:
+            if isinstance(part, str) and part not in self.vocabulary:
+                raise ContextError(f"TabularLM: context symbol {part!r} is not in the vocabulary {self.vocabulary}")
+            row.append(self.vocabulary.index(part) if isinstance(part, str) else int(part))
+        return row
+
+    def _walk(self, row: Sequence[int]) -> int:
+        state = self.start
+        for token in row:
+            state = int(self.next_state[state, token])
+        return state
+
+
+def _check_conditionals(probs: Tensor) -> None:
+    if not bool((probs >= 0).all()):
+        raise ModelError("TabularLM: got negative or nan probabilities")
+    off = (probs.sum(-1) - 1).abs()
+    if float(off.max()) > 1e-6:
+        worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape)) if off.dim() else ()
+        raise ModelError(f"TabularLM: conditional {worst} sums to {float(probs.sum(-1)[worst]):.6f}, expected 1")
+
+
+def _resolve_eos(eos: int | str | None, vocabulary: Sequence[str] | None, size: int) -> int | None:
+    if eos is None:
+        return None
+    if isinstance(eos, str):
+        if vocabulary is None or eos not in vocabulary:
+            raise ModelError(f"TabularLM: eos {eos!r} is not in the vocabulary")
+        return list(vocabulary).index(eos)
+    if not -size <= eos < size:
+        raise ModelError(f"TabularLM: eos index {eos} is outside the vocabulary of {size} symbols")
+    return eos % size
+
+
+def _letters(i: int) -> str:
+    name = ""
+    for _ in itertools.count():
+        name = chr(ord("a") + i % 26) + name
+        i = i // 26 - 1
+        if i < 0:
+            break
+    return name
+
+
+def _split(text: str, vocabulary: Sequence[str]) -> list[str]:
+    by_length = sorted(vocabulary, key=len, reverse=True)
+    parts, at = [], 0
+    while at < len(text):
+        symbol = next((s for s in by_length if s and text.startswith(s, at)), None)
+        if symbol is None:
+            raise ContextError(f"TabularLM: context {text!r} at {text[at:]!r} starts with no symbol of the vocabulary")
+        parts.append(symbol)
+        at += len(symbol)
+    return parts
+
+
+def _symbols_of(line: str, level: str) -> list[str]:
+    if level == "character":
+        return list(line)
+    if level == "word":
+        words = line.split()
+        return [w if i == 0 else " " + w for i, w in enumerate(words)]
+    raise ModelError(f"TabularLM.from_counts: got level {level!r}, expected 'character' or 'word'")

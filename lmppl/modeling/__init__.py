@@ -1,0 +1,21 @@
+"""WHAT is wanted: factors, models, their graph and the compiled target."""
+
+from __future__ import annotations
+
+from lmppl.modeling.evidence import Automaton, Constraint, Optimality, Reward
+from lmppl.modeling.factors import Factor, Feature, Incremental
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target, TargetForm
+
+__all__ = [
+    "Automaton",
+    "Constraint",
+    "Factor",
+    "Feature",
+    "Incremental",
+    "Model",
+    "Optimality",
+    "Reward",
+    "Target",
+    "TargetForm",
+]

@@ -1,0 +1,182 @@
+"""The contracts that all evidence meets: features, factors, and the optional forms that engines can use.
+
+A factor is log φ(x, c) with φ ≥ 0. Its raw features are user functions of sequences; `log_factor` turns feature columns
+into log φ. What a factor *can* do beyond that is stated, not guessed: a bound (`upper`), hardness, an automaton, an
+incremental form.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lmppl.errors import ModelError
+
+if TYPE_CHECKING:
+    from lmppl.lm.base import LanguageModel, Step
+    from lmppl.modeling.evidence.automata import Automaton
+    from lmppl.modeling.model import Model
+
+__all__ = ["Factor", "Feature", "Incremental"]
+
+FeatureInput = Literal["text", "full", "ids", "hidden"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A user function of sequences, shared by the factors that name it and run once on each distinct text.
+
+    Parameters
+    ----------
+    name : str
+        Column name in `Draws.features`.
+    fn : callable
+        `on="text"`: list of completion texts → one number (or vector) a text; also the Hugging Face reward convention
+        `fn(prompts, completions, **kwargs)`. `on="full"`: list of context + completion. `on="ids"`: a `Sequences`.
+        Returns a list, numpy array or tensor of shape (B,) or (B, K).
+    on : {"text", "full", "ids", "hidden"}
+        What the function reads.
+    stochastic : bool
+        Values differ from call to call: never cached.
+    fingerprint : str, optional
+        Names the function's content; with it, values may be reused from disk.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    on: FeatureInput = "text"
+    stochastic: bool = False
+    fingerprint: str | None = None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether `fn` follows the Hugging Face convention `fn(prompts, completions, **kwargs)`."""
+        try:
+            names = list(inspect.signature(self.fn).parameters)
+        except (TypeError, ValueError):  # builtins have no signature
+            return False
+        return "prompts" in names and "completions" in names
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Two features with equal identity are one: same function, read in the same way."""
+        return (self.fn, self.on, self.stochastic)
+
+
+@runtime_checkable
+class Incremental(Protocol):
+    """log φ prefix by prefix.
+
+    Law: potential(start) + Σ weigh = potential(final) = log φ; potential = −inf means that every continuation is −inf.
+    `weigh` is the ratio log ψ(x_≤t) − log ψ(x_<t) for candidate tokens.
+    """
+
+    needs: Collection[Literal["text", "ids", "hidden"]]
+
+    def start(self, contexts: Tensor) -> Any:
+        """State of B empty completions of `contexts` (B,)."""
+        ...
+
+    def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
+        """(B, k) increments for candidate tokens (B, k), or (B, V) for all tokens if None; in nats."""
+        ...
+
+    def advance(self, state: Any, tokens: Tensor, step: Step) -> Any:
+        """State after appending `tokens` (B,)."""
+        ...
+
+    def potential(self, state: Any) -> Tensor:
+        """(B,) log ψ(x_≤t)."""
+        ...
+
+    def select(self, state: Any, index: Tensor) -> Any:
+        """Rows `index`."""
+        ...
+
+    def crop(self, state: Any, lengths: Tensor) -> Any:
+        """Rows cut back to `lengths` tokens."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Evidence log φ(x, c), φ ≥ 0.
+
+    Parameters
+    ----------
+    name : str
+        How errors, tables and columns call it.
+    features : tuple of Feature
+        What is computed from a sequence, by user functions.
+    log_factor : callable
+        dict of feature name → column (B,) or (B, K), to log φ (B,): finite or −inf, in nats.
+    upper : float
+        sup log φ, in nats; finite values enable rejection and certificates.
+    hard : bool or None
+        Can log φ be −inf? None means unknown, treated as yes. Where False, a −inf is an error.
+    automaton : Automaton, optional
+        A finite automaton that accepts exactly the completions with φ > 0, where φ ∈ {0, 1}.
+    incremental : Incremental, optional
+        The prefix-by-prefix form.
+    soft : callable, optional
+        A differentiable form on soft tokens or hidden states.
+    formula : str
+        The factor as a formula in x, for `Model.__repr__`.
+    named : bool
+        The user chose the name, so that two equal names are an error; else later ones get a number.
+    """
+
+    name: str
+    features: tuple[Feature, ...]
+    log_factor: Callable[[dict[str, Tensor]], Tensor]
+    upper: float = inf
+    hard: bool | None = None
+    automaton: Automaton | None = None
+    incremental: Incremental | None = None
+    soft: Callable[..., Any] | None = None
+    formula: str = ""
+    named: bool = field(default=True, repr=False)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any feature is: then log φ is an estimate."""
+        return any(f.stochastic for f in self.features)
+
+    @property
+    def kind(self) -> str:
+        """The declaration's name: "Reward", "Constraint", ..."""
+        return type(self).__name__
+
+    def describe(self) -> dict[str, Any]:
+        """The declaration as plain data (functions by name), for hashing and serialisation."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "features": [f.name for f in self.features],
+            "upper": self.upper,
+            "hard": self.hard,
+            "formula": self.formula,
+        }
+
+    def __rmul__(self, other: LanguageModel | Model) -> Model:
+        from lmppl.lm.base import LanguageModel
+        from lmppl.modeling.model import Model
+
+        if isinstance(other, Model):
+            return Model(other.prior, (*other.factors, self))
+        if isinstance(other, LanguageModel):
+            return Model(other, (self,))
+        raise ModelError(
+            f"got {type(other).__name__} * {self.kind}, expected a language model or a model on the left: "
+            "prior * factor * factor"
+        )
+
+    def __mul__(self, other: object) -> Any:
+        raise ModelError(
+            f"got {self.kind} * {type(other).__name__}: a model begins with its prior; write prior * factor * factor"
+        )

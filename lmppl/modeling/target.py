@@ -1,0 +1,219 @@
+"""Target: the compiled declaration γ(x|c) = π0(x|c) ∏ φ_k(x, c): batched, checked, cached and counted.
+
+A target belongs to one run: its counter and its score cache are the run's own, so that a second engine never looks free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import FactorError
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.model import Model
+from lmppl.modeling.user_functions import evaluate
+from lmppl.sequences import Cost, Draws, Sequences
+
+if TYPE_CHECKING:
+    from lmppl.modeling.evidence.automata import Automaton
+
+__all__ = ["Target", "TargetForm"]
+
+
+@dataclass(frozen=True)
+class TargetForm:
+    """What an engine may ask about a target before it runs.
+
+    Parameters
+    ----------
+    num_contexts, horizon, vocab_size : int
+        C, T, V.
+    max_outcomes : float
+        An upper bound of the number of outcomes of one context, Σ_t V^t; inf where it overflows.
+    tabular : bool
+        The prior is a finite machine (`TabularLM`), so that dynamic programming is exact at any horizon.
+    factor_names : tuple of str
+    unbounded : tuple of str
+        Factors that declare no finite `upper`.
+    without_automaton : tuple of str
+        Factors that are not given by a finite automaton.
+    hard : tuple of str
+        Factors that can be −inf, or do not say.
+    stochastic : tuple of str
+        Factors that are only estimated.
+    log_upper : float
+        Σ_k sup log φ_k, in nats; inf where one is unbounded.
+    """
+
+    num_contexts: int
+    horizon: int
+    vocab_size: int
+    max_outcomes: float
+    tabular: bool
+    factor_names: tuple[str, ...]
+    unbounded: tuple[str, ...]
+    without_automaton: tuple[str, ...]
+    hard: tuple[str, ...]
+    stochastic: tuple[str, ...]
+    log_upper: float
+
+    @classmethod
+    def of(cls, model: Model) -> TargetForm:
+        """Read the form off a declaration."""
+        prior, factors = model.prior, model.factors
+        vocab, horizon = prior.vocab_size, prior.max_new_tokens
+        growing = vocab - len(prior.eos_ids)
+        log_count = horizon * math.log(max(growing, 1)) + math.log(vocab)
+        outcomes = math.inf if log_count > 200 else float(sum(vocab * growing**t for t in range(horizon)))
+        return cls(
+            num_contexts=prior.num_contexts,
+            horizon=horizon,
+            vocab_size=vocab,
+            max_outcomes=outcomes,
+            tabular=isinstance(prior, TabularLM),
+            factor_names=tuple(f.name for f in factors),
+            unbounded=tuple(f.name for f in factors if not math.isfinite(f.upper)),
+            without_automaton=tuple(f.name for f in factors if f.automaton is None),
+            hard=tuple(f.name for f in factors if f.hard is not False),
+            stochastic=tuple(f.name for f in factors if f.stochastic),
+            log_upper=sum(f.upper for f in factors),
+        )
+
+
+class Target:
+    """γ(x|c), ready to be evaluated on batches of sequences.
+
+    Parameters
+    ----------
+    model : Model
+        The declaration.
+
+    Attributes
+    ----------
+    cost : Cost
+        What this run has spent so far.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.prior = model.prior
+        self.factors = model.factors
+        self.form = TargetForm.of(model)
+        self.cost = Cost()
+        self._cache: dict[str, dict[Hashable, Tensor]] = {name: {} for name in model.features}
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The C contexts."""
+        return self.prior.prompts
+
+    def log_prior(self, sequences: Sequences) -> Tensor:
+        """(N,) log π0(x|c), in nats."""
+        return self.prior.score(sequences, cost=self.cost)
+
+    def features(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Raw feature columns (N,) or (N, K) by name; each function runs once on each distinct text.
+
+        Raises
+        ------
+        FactorError, ShapeError
+            Naming the factor and the offending text.
+        """
+        return {name: self._column(name, feature, sequences) for name, feature in self.model.features.items()}
+
+    def log_factors(self, sequences: Sequences, features: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """log φ_k (N,) by factor name, in nats: finite or −inf.
+
+        Raises
+        ------
+        FactorError
+            On nan, on +inf, and on −inf from a factor that declares `hard=False`.
+        """
+        columns = self.features(sequences) if features is None else features
+        values = {}
+        for factor in self.factors:
+            names = self.model.feature_names(factor)
+            own = {f.name: columns[n] for f, n in zip(factor.features, names, strict=True)}
+            values[factor.name] = _checked(factor, factor.log_factor(own), sequences)
+        return values
+
+    def log_prob_unnormalized(self, sequences: Sequences) -> Tensor:
+        """(N,) log γ(x|c), in nats; −inf off the support of π0, whatever the factors say there."""
+        log_prior = self.log_prior(sequences)
+        total = log_prior.double()
+        inside = torch.nonzero(log_prior > -torch.inf).squeeze(1)
+        for value in self.log_factors(sequences.select(inside)).values():
+            total[inside] += value
+        return total
+
+    def evaluate(self, draws: Draws) -> Draws:
+        """`draws` (with `log_prior`) with raw features and log φ_k filled in."""
+        features = self.features(draws)
+        return replace_columns(draws, features=features, log_factors=self.log_factors(draws, features))
+
+    def _column(self, name: str, feature: Feature, sequences: Sequences) -> Tensor:
+        owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
+        if len(sequences) == 0:
+            return torch.zeros(0, dtype=torch.float64)
+        if feature.stochastic:
+            self.cost.factor_calls += len(sequences)
+            return evaluate(feature, sequences, factor=owner).to(self.prior.device)
+        cache = self._cache[name]
+        keys = _content_keys(feature, sequences)
+        fresh: dict[Hashable, int] = {}
+        for row, key in enumerate(keys):
+            if key not in cache and key not in fresh:
+                fresh[key] = row
+        if fresh:
+            values = evaluate(feature, sequences.select(list(fresh.values())), factor=owner)
+            cache.update(zip(fresh, values, strict=True))
+        self.cost.factor_calls += len(fresh)
+        self.cost.cache_hits += len(keys) - len(fresh)
+        return torch.stack([cache[k] for k in keys]).to(self.prior.device)
+
+
+def replace_columns(draws: Draws, *, features: dict[str, Tensor], log_factors: dict[str, Tensor]) -> Draws:
+    """`draws` with new feature and factor columns, decoded text kept."""
+    other = replace(draws, features=features, log_factors=log_factors)
+    if "text" in draws.__dict__:
+        other.__dict__["text"] = draws.text
+    return other
+
+
+def log_evidence(draws: Draws) -> Tensor:
+    """(N,) Σ_k log φ_k(x), in nats, float64."""
+    total = torch.zeros(len(draws), dtype=torch.float64, device=draws.ids.device)
+    for value in draws.log_factors.values():
+        total = total + value
+    return total
+
+
+def _content_keys(feature: Feature, sequences: Sequences) -> list[Hashable]:
+    """What a feature's value may depend on, by content: its text; with prompts where it reads them."""
+    if feature.on == "text" and not feature.reads_prompts:
+        return list(sequences.text)
+    if feature.on in ("text", "full"):
+        return list(zip(sequences.context.tolist(), sequences.text, strict=True))
+    return list(sequences.keys())
+
+
+def _checked(factor: Factor, value: Tensor, sequences: Sequences) -> Tensor:
+    if value.shape != (len(sequences),):
+        raise FactorError(
+            f"factor {factor.name!r}: log φ has shape {tuple(value.shape)}, expected ({len(sequences)},)"
+        )
+    value = value.double()
+    bad = torch.isnan(value) | (value == torch.inf)
+    what = "nan or +inf"
+    if factor.hard is False and not bool(bad.any()):
+        bad, what = value == -torch.inf, "−inf, although the factor declares hard=False"
+    if bool(bad.any()):
+        row = int(torch.nonzero(bad)[0, 0])
+        raise FactorError(f"factor {factor.name!r}: log φ is {what} for the text {sequences.text[row]!r}")
+    return value

@@ -1,0 +1,352 @@
+"""Token sequences, weighted draws, estimates and costs: the plain data that every layer passes on.
+
+Shape glossary: N draws, C contexts, T tokens (the cap), V vocabulary, H hidden size. Ids are int64; log-probabilities are
+float32 or float64, in nats; `num_draws` is always per context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError, ShapeError
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+    import pyarrow
+
+__all__ = ["Cost", "Draws", "Estimate", "Sequences", "concatenate"]
+
+EstimateKind = Literal["exact", "unbiased", "unbiased_Z", "lower_bound", "upper_bound"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """N completions, one a row, each an *outcome*: it ends at EOS (or a stop string), or at the cap T.
+
+    Parameters
+    ----------
+    ids : Tensor (N, T), int64
+        Completion tokens, the final EOS included; entries at and after `lengths` hold the LM's pad id.
+    lengths : Tensor (N,), int64
+        Number of tokens of each row, the final EOS included.
+    finished : Tensor (N,), bool
+        True where the row ended by EOS or a stop string, False where it was cut by the cap.
+    context : Tensor (N,), int64
+        Index of the context that each row continues.
+    prompts : tuple of str
+        The text of the C contexts.
+    decoder : callable, optional
+        Maps a `Sequences` to its N completion texts, special tokens removed; the LM that made the rows supplies it.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    finished: Tensor
+    context: Tensor
+    prompts: tuple[str, ...] = ("",)
+    decoder: Callable[[Sequences], list[str]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 2:
+            raise ShapeError(f"Sequences.ids: got shape {tuple(self.ids.shape)}, expected (N, T)")
+        for name in ("lengths", "finished", "context"):
+            value = getattr(self, name)
+            if value.shape != (len(self.ids),):
+                raise ShapeError(f"Sequences.{name}: got shape {tuple(value.shape)}, expected ({len(self.ids)},)")
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def num_contexts(self) -> int:
+        """C, the number of contexts (rows may be missing for some of them)."""
+        return len(self.prompts)
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, T) bool: True where a token belongs to the row."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The N completion texts, special tokens removed; decoded once, on first use."""
+        if self.decoder is None:
+            return [" ".join(str(t) for t in row) for row in self.token_lists()]
+        return self.decoder(self)
+
+    @property
+    def full_text(self) -> list[str]:
+        """Context and completion, joined, for each row."""
+        return [self.prompts[c] + t for c, t in zip(self.context.tolist(), self.text, strict=True)]
+
+    def token_lists(self) -> list[list[int]]:
+        """The N rows as plain lists, padding left out."""
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
+    def keys(self) -> list[tuple[int, bool, tuple[int, ...]]]:
+        """A hashable key for each row, equal exactly where context, tokens and finished agree."""
+        flags = self.finished.tolist()
+        return [(c, f, tuple(t)) for c, f, t in zip(self.context.tolist(), flags, self.token_lists(), strict=True)]
+
+    def select(self, index: Tensor | Sequence[int] | slice) -> Self:
+        """The rows at `index` (int64 (M,), bool (N,) or a slice), every column with them."""
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.ids.device)
+            if index.numel() == 0:
+                index = index.long()
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = value[index]
+            elif isinstance(value, dict) and item.name != "meta":
+                changes[item.name] = {k: v[index] for k, v in value.items()}
+        chosen = replace(self, **changes)
+        if "text" in self.__dict__:
+            rows = range(len(self))[index] if isinstance(index, slice) else torch.arange(len(self))[index.cpu()].tolist()
+            chosen.__dict__["text"] = [self.text[i] for i in rows]
+        return chosen
+
+    def to(self, device: torch.device | str) -> Self:
+        """Every tensor on `device`."""
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = value.to(device)
+            elif isinstance(value, dict) and item.name != "meta":
+                changes[item.name] = {k: v.to(device) for k, v in value.items()}
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws(Sequences):
+    """Sequences with what was computed on the way: weights, log-densities, raw features, factor values.
+
+    The rows of one context stand for the posterior when weighted by w = exp(`log_weight`), normalised within the context.
+
+    Parameters
+    ----------
+    log_weight : Tensor (N,), optional
+        log w; −inf is a first-class weight. None means equally weighted.
+    log_prior, log_q : Tensor (N,), optional
+        log π0(x|c) and log q(x|c) where known.
+    features : dict of Tensor (N, ...)
+        Raw feature columns by name: what the user's functions returned, so that β can be changed afterwards.
+    log_factors : dict of Tensor (N,)
+        log φ_k(x) of each factor by name.
+    columns : dict of Tensor (N,)
+        Where a draw came from: `shard`, `chain`, `step`, `sweep`, `parent`, as the engine has them.
+    meta : dict
+        Seed, engine, spec hash and versions.
+    """
+
+    log_weight: Tensor | None = None
+    log_prior: Tensor | None = None
+    log_q: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    log_factors: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> Sequences:
+        """The bare sequences, decoded text kept."""
+        bare = Sequences(self.ids, self.lengths, self.finished, self.context, self.prompts, self.decoder)
+        if "text" in self.__dict__:
+            bare.__dict__["text"] = self.text
+        return bare
+
+    @property
+    def weights(self) -> Tensor:
+        """(N,) self-normalised weights w̄, summing to 1 within each context; all zero where every w is zero."""
+        log_w = self.log_weight
+        if log_w is None:
+            log_w = torch.zeros(len(self), dtype=torch.float64, device=self.ids.device)
+        log_w = log_w.double()
+        weights = torch.zeros_like(log_w)
+        for c in range(self.num_contexts):
+            rows = self.context == c
+            total = torch.logsumexp(log_w[rows], 0)
+            if torch.isfinite(total):
+                weights[rows] = torch.exp(log_w[rows] - total)
+        return weights
+
+    def resample(self, num_draws: int | None = None, *, generator: torch.Generator | None = None) -> Draws:
+        """Equally weighted draws: `num_draws` rows per context, drawn from the weights by systematic resampling.
+
+        Parameters
+        ----------
+        num_draws : int, optional
+            Rows per context; by default as many as the context has now.
+        generator : torch.Generator, optional
+            The source of randomness; the global one if None.
+
+        Raises
+        ------
+        ModelError
+            Where a context has no row of positive weight.
+        """
+        weights, chosen = self.weights, []
+        for c in range(self.num_contexts):
+            rows = torch.nonzero(self.context == c).squeeze(1)
+            if len(rows) == 0 or float(weights[rows].sum()) == 0.0:
+                raise ModelError(f"resample: context {c} has no draw of positive weight")
+            n = len(rows) if num_draws is None else num_draws
+            start = torch.rand((), generator=generator, dtype=torch.float64).to(rows.device)
+            points = (torch.arange(n, dtype=torch.float64, device=rows.device) + start) / n
+            edges = weights[rows].cumsum(0)
+            index = torch.searchsorted(edges / edges[-1], points, right=True)
+            last_positive = torch.nonzero(weights[rows] > 0)[-1, 0]
+            chosen.append(rows[torch.minimum(index, last_positive)])
+        return replace(self.select(torch.cat(chosen)), log_weight=None)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path`; the suffix chooses: `.jsonl` (for people), `.safetensors` (complete), `.parquet`."""
+        from lmppl.storage import save_draws
+
+        return save_draws(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Draws:
+        """Read what `save` wrote; texts come back as they were, without the LM."""
+        from lmppl.storage import load_draws
+
+        return load_draws(Path(path))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a draw; needs the extra `data`."""
+        from lmppl.storage import to_pandas
+
+        return to_pandas(self)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """One row a draw, as an Arrow table; needs the extra `data`."""
+        from lmppl.storage import to_arrow
+
+        return to_arrow(self)
+
+    def to_dataset(self) -> datasets.Dataset:
+        """One row a draw, as a Hugging Face dataset; needs the extra `data`."""
+        from lmppl.storage import to_dataset
+
+        return to_dataset(self)
+
+
+S = TypeVar("S", bound=Sequences)
+
+
+def _pad_to(ids: Tensor, width: int, pad_id: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad_id)
+
+
+def concatenate(parts: Sequence[S], pad_id: int = 0) -> S:
+    """Stack the rows of `parts` (same LM, same prompts); optional columns must be present in all or in none."""
+    if not parts:
+        raise ModelError("concatenate: got no parts, expected at least one")
+    first = parts[0]
+    width = max(p.ids.shape[1] for p in parts)
+    changes: dict[str, Any] = {}
+    for item in fields(first):
+        values = [getattr(p, item.name) for p in parts]
+        if item.name == "ids":
+            changes["ids"] = torch.cat([_pad_to(v, width, pad_id) for v in values])
+        elif isinstance(values[0], Tensor) or any(isinstance(v, Tensor) for v in values):
+            if any(v is None for v in values):
+                raise ModelError(f"concatenate: column {item.name!r} is missing in some parts")
+            changes[item.name] = torch.cat(values)
+        elif isinstance(values[0], dict) and item.name != "meta":
+            names = [set(v) for v in values]
+            if any(n != names[0] for n in names):
+                raise ModelError(f"concatenate: parts differ in their {item.name}: {sorted(set.union(*names))}")
+            changes[item.name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
+    whole = replace(first, **changes)
+    if all("text" in p.__dict__ for p in parts):
+        whole.__dict__["text"] = [t for p in parts for t in p.text]
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A figure with its error.
+
+    Parameters
+    ----------
+    value : Tensor (C,) or (C, ...)
+        The estimate, one per context. For a normaliser it is log Ẑ, in nats.
+    interval : Tensor (C, 2), optional
+        Confidence interval at `level`; None where no honest one exists. Equal ends where the value is exact.
+    level : float
+        Nominal coverage of the interval.
+    kind : str
+        "exact"; "unbiased" (an expectation); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
+    standard_error : Tensor (C,), optional
+        Of `value` (for a normaliser: of log Ẑ, by the delta method).
+    replicates : int
+        Independent draws or sweeps behind the figure.
+    note : str
+        What a reader must know: why an interval is missing, which assumption it rests on.
+    """
+
+    value: Tensor
+    interval: Tensor | None
+    level: float = 0.95
+    kind: EstimateKind = "unbiased"
+    standard_error: Tensor | None = None
+    replicates: int = 1
+    note: str = ""
+
+    @property
+    def log_value(self) -> Tensor:
+        """(C,) log Ẑ of a normaliser: the same tensor as `value`, under the name that says it is a logarithm."""
+        return self.value
+
+    def __repr__(self) -> str:
+        parts = []
+        for c, v in enumerate(self.value.reshape(-1).tolist()):
+            if self.kind == "exact" or self.interval is None:
+                parts.append(f"{v:.4f}")
+            else:
+                low, high = self.interval.reshape(-1, 2)[c].tolist()
+                parts.append(f"{v:.4f} [{low:.4f}, {high:.4f}]")
+        level = "" if self.kind == "exact" else f", level={self.level:g}"
+        return f"Estimate({'; '.join(parts)}, kind={self.kind}{level})"
+
+
+@dataclass
+class Cost:
+    """What a run has spent: a mutable counter that belongs to one run.
+
+    `lm_tokens` counts positions sent through an LM (padding left out), `lm_forwards` calls of the network (one batch is
+    one), `backward_tokens` positions differentiated, `factor_calls` texts handed to user functions, `cache_hits` texts
+    whose value was known already, `seconds` wall-clock time.
+    """
+
+    lm_tokens: int = 0
+    lm_forwards: int = 0
+    backward_tokens: int = 0
+    factor_calls: int = 0
+    cache_hits: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def copy(self) -> Cost:
+        """A snapshot, for later subtraction."""
+        return replace(self)
+
+    def as_dict(self) -> Mapping[str, float]:
+        """Field names to values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
