@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = 0, 1, 2
+ATTENTION = "eager"  # the quickest to train on a CPU
 Corpus = dict[str, list[str]]  # documents by the stem of the file they came from
 
 
@@ -71,6 +72,23 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, context: int) -> PreTrained
     )
 
 
+def new_model(vocab_size: int, args: argparse.Namespace) -> LlamaForCausalLM:
+    """A Llama with random weights."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3 // 32 * 32,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 32,
+        max_position_embeddings=args.context,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION)
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], context: int) -> list[list[int]]:
     """BOS, the text, EOS; a text that does not fit ``context`` is cut and gets no EOS."""
     return [[*ids, EOS][:context] for ids in tokenizer(list(texts)).input_ids]
@@ -95,11 +113,10 @@ def loss_sum(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, int]:
     """
     document = (ids == BOS).cumsum(1)
     allowed = (document[:, :, None] == document[:, None, :]).tril()
+    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, -math.inf)[:, None]
     place = torch.arange(ids.shape[1])
     positions = place - torch.where(ids == BOS, place, 0).cummax(1).values
-    logits = model(ids, attention_mask=allowed[:, None], position_ids=positions, use_cache=False).logits[
-        :, :-1
-    ]
+    logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, :-1]
     target = ids[:, 1:].masked_fill((ids[:, 1:] == BOS) | (ids[:, 1:] == PAD), -100)
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
     return loss, int((target >= 0).sum())
@@ -143,32 +160,23 @@ def train(model: LlamaForCausalLM, documents: Sequence[list[int]], args: argpars
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             seconds = time.monotonic() - start
             mean = sum(recent) / len(recent)
-            print(
-                f"step {step + 1}  loss {mean:.3f}  {tokens / 1e6:.2f}M tokens  {seconds:.0f} s", flush=True
-            )
+            print(f"step {step + 1}  loss {mean:.3f}  {tokens / 1e6:.2f}M tokens  {seconds:.0f} s", flush=True)
             recent = []
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, required=True, help="a text file or a folder of *.txt, one document a line"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for weights, tokenizer and report.json"
-    )
-    parser.add_argument(
-        "--repeat", nargs="*", default=[], metavar="FILE=K", help="show a file K times per epoch"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and report.json")
+    parser.add_argument("--repeat", nargs="*", default=[], metavar="FILE=K", help="show a file K times per epoch")
+    parser.add_argument("--init", type=Path, help="go on from this folder's weights and tokenizer")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16, help="rows of --context tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument(
-        "--vocab", type=int, default=2048, help="upper limit; never below 259 (bytes and specials)"
-    )
+    parser.add_argument("--vocab", type=int, default=2048, help="upper limit; never below 259 (bytes and specials)")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--held-out", type=float, default=0.025)
@@ -180,38 +188,33 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     corpus, held = read_corpus(args.data, args.held_out, args.seed)
-    tokenizer = train_tokenizer(corpus, args.vocab, args.context)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.width,
-        intermediate_size=args.width * 8 // 3 // 32 * 32,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 32,
-        max_position_embeddings=args.context,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config)
+    if args.init is None:
+        tokenizer = train_tokenizer(corpus, args.vocab, args.context)
+        model = new_model(len(tokenizer), args)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation=ATTENTION)
     repeats = {name: int(times) for name, times in (item.split("=") for item in args.repeat)}
     unique = {name: encode(tokenizer, texts, args.context) for name, texts in corpus.items()}
-    train(
-        model, [ids for name, documents in unique.items() for ids in documents * repeats.get(name, 1)], args
-    )
+    shown = [ids for name, documents in unique.items() for ids in documents * repeats.get(name, 1)]
+    train(model, shown, args)
 
+    held["all"] = [text for texts in held.values() for text in texts]
+    unrounded = model_bits(model, encode(tokenizer, held["all"], args.context))
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    model.float()  # the saved float16 weights, so that the figures describe the file
-    baseline = KneserNey([ids for documents in unique.values() for ids in documents], config.vocab_size)
+    model.float()  # the rounded weights, so that the figures describe the file
+    model.config.dtype = torch.float32  # stored as float16, loaded as float32
+    model.config.save_pretrained(args.out)
+    baseline = KneserNey([ids for documents in unique.values() for ids in documents], len(tokenizer))
     report: dict[str, dict[str, float]] = {}
-    held["all"] = [text for texts in held.values() for text in texts]
     for name, texts in held.items():
         ids = encode(tokenizer, texts, args.context)
         size = sum(len(text.encode()) for text in texts)
         ours, theirs = model_bits(model, ids) / size, baseline.bits(ids) / size
         report[name] = {"documents": len(texts), "bytes": size, "bits_per_byte": ours, "5-gram": theirs}
         print(f"{name:10s} {ours:.4f} bits per byte; 5-gram {theirs:.4f}; {1 - ours / theirs:.1%} fewer")
+    report["all"]["float32"] = unrounded / report["all"]["bytes"]
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -115,6 +115,13 @@ class Sequences:
             chosen.__dict__["text"] = [self.text[i] for i in rows]
         return chosen
 
+    def with_columns(self, **changes: Any) -> Self:
+        """The same rows with other columns: `dataclasses.replace` that keeps texts which are decoded already."""
+        other = replace(self, **changes)
+        if "text" in self.__dict__:
+            other.__dict__["text"] = self.text
+        return other
+
     def to(self, device: torch.device | str) -> Self:
         """Every tensor on `device`."""
         changes: dict[str, Any] = {}
@@ -124,7 +131,7 @@ class Sequences:
                 changes[item.name] = value.to(device)
             elif isinstance(value, dict) and item.name != "meta":
                 changes[item.name] = {k: v.to(device) for k, v in value.items()}
-        return replace(self, **changes)
+        return self.with_columns(**changes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +174,21 @@ class Draws(Sequences):
 
     @property
     def weights(self) -> Tensor:
-        """(N,) self-normalised weights w̄, summing to 1 within each context; all zero where every w is zero."""
+        """(N,) self-normalised weights w̄, summing to 1 within each context; all zero where every w is zero.
+
+        Raises
+        ------
+        ModelError
+            On a log-weight that is nan or +inf.
+        """
         log_w = self.log_weight
         if log_w is None:
             log_w = torch.zeros(len(self), dtype=torch.float64, device=self.ids.device)
         log_w = log_w.double()
+        broken = torch.nonzero(log_w.isnan() | (log_w == torch.inf))
+        if len(broken):
+            row = int(broken[0, 0])
+            raise ModelError(f"weights: log_weight[{row}] is {float(log_w[row])}, expected a finite number or −inf")
         weights = torch.zeros_like(log_w)
         for c in range(self.num_contexts):
             rows = self.context == c
@@ -195,6 +212,8 @@ class Draws(Sequences):
         ModelError
             Where a context has no row of positive weight.
         """
+        if num_draws is not None and num_draws < 1:
+            raise ModelError(f"resample: got num_draws={num_draws}, expected at least 1")
         weights, chosen = self.weights, []
         for c in range(self.num_contexts):
             rows = torch.nonzero(self.context == c).squeeze(1)
@@ -207,7 +226,7 @@ class Draws(Sequences):
             index = torch.searchsorted(edges / edges[-1], points, right=True)
             last_positive = torch.nonzero(weights[rows] > 0)[-1, 0]
             chosen.append(rows[torch.minimum(index, last_positive)])
-        return replace(self.select(torch.cat(chosen)), log_weight=None)
+        return self.select(torch.cat(chosen)).with_columns(log_weight=None)
 
     def save(self, path: str | Path) -> Path:
         """Write to `path`; the suffix chooses: `.jsonl` (for people), `.safetensors` (complete), `.parquet`."""
@@ -253,6 +272,8 @@ def concatenate(parts: Sequence[S], pad_id: int = 0) -> S:
     if not parts:
         raise ModelError("concatenate: got no parts, expected at least one")
     first = parts[0]
+    if any(p.prompts != first.prompts for p in parts):
+        raise ModelError("concatenate: parts differ in their prompts, so that equal context indices mean different ones")
     width = max(p.ids.shape[1] for p in parts)
     changes: dict[str, Any] = {}
     for item in fields(first):
@@ -269,7 +290,8 @@ def concatenate(parts: Sequence[S], pad_id: int = 0) -> S:
                 raise ModelError(f"concatenate: parts differ in their {item.name}: {sorted(set.union(*names))}")
             changes[item.name] = {k: torch.cat([v[k] for v in values]) for k in values[0]}
     whole = replace(first, **changes)
-    if all("text" in p.__dict__ for p in parts):
+    # Rows without a decoder (loaded from a file) have no other source of text.
+    if first.decoder is None or all("text" in p.__dict__ for p in parts):
         whole.__dict__["text"] = [t for p in parts for t in p.text]
     return whole
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from lmppl.inference.engine import Engine, Guarantee, infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate
 from lmppl.sequences import Cost, Draws, Estimate, Sequences
 
@@ -69,7 +70,7 @@ class Approximation:
         """E_π*[f], one value per context, with its error.
 
         Self-normalised: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²), interval f̂ ± 1.96 standard errors
-        [owen2000safe]. It inherits the weights' blind spots: unseen mass does not show.
+        (`hesterberg1995`, `owen2000`). It inherits the weights' blind spots: unseen mass does not show.
 
         Parameters
         ----------
@@ -87,7 +88,7 @@ class Approximation:
             means.append(mean)
             errors.append(self._standard_error(w, spread))
         value, error = torch.stack(means), torch.stack(errors)
-        if self.guarantee is Guarantee.EXACT and isinstance(self, ExactTable):
+        if isinstance(self, ExactTable) and self.enumerated:
             return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
         half = Z_SCORE * error
         interval = torch.stack([value - half, value + half], -1)
@@ -123,17 +124,17 @@ class Approximation:
         return f"{type(self).__name__}({self.engine or ''}, {len(self.draws)} draws, log Z = {shown}, {self.status})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Particles(Approximation):
     """Weighted draws: importance sampling, SMC."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Chains(Approximation):
     """Dependent draws, with columns `chain` and `step`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sampler(Approximation):
     """An exact (or heuristic) sampler: equally weighted independent draws, and more on demand."""
 
@@ -145,15 +146,29 @@ class Sampler(Approximation):
         return infer(self.model, self.engine, num_draws, seed=seed, progress=False).draws
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExactTable(Approximation):
-    """π* itself: as an LM, and as weighted outcomes where they were enumerated."""
+    """π* itself as an LM, with draws.
+
+    Parameters
+    ----------
+    law : LanguageModel
+        π*.
+    enumerated : bool
+        `draws` is the table of all outcomes, weighted by γ, so that expectations over it are exact; else it holds
+        independent exact draws, equally weighted.
+    """
 
     law: LanguageModel | None = None
+    enumerated: bool = True
 
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
-        """`num_draws` fresh independent draws of π* per context, with log π* as `log_q`."""
-        return self.as_language_model().draw(num_draws, generator=generator)
+        """`num_draws` fresh independent draws of π* per context, with log π* as `log_q`, scored by prior and factors."""
+        draws = self.as_language_model().draw(num_draws, generator=generator)
+        if self.model is None:
+            return replace(draws, log_prior=None)
+        target = Target(self.model)
+        return target.evaluate(replace(draws, log_prior=target.log_prior(draws)))
 
     def log_prob(self, sequences: Sequences) -> Tensor:
         """(N,) log π*(x|c), in nats."""

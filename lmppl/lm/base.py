@@ -244,7 +244,8 @@ class LanguageModel(TorchDistribution):
     def is_outcome(self, sequences: Sequences) -> Tensor:
         """(N,) bool: the row ends exactly where this LM would end it, by EOS or at the cap."""
         parsed = self.parse(sequences.ids, sequences.context)
-        whole = sequences.finished | sequences.lengths.eq(self.max_new_tokens)
+        cap = self.max_new_tokens
+        whole = sequences.lengths.eq(cap) | (sequences.finished & sequences.lengths.le(cap))
         return parsed.lengths.eq(sequences.lengths) & parsed.finished.eq(sequences.finished) & whole
 
     def parse(self, ids: Tensor, context: Tensor) -> Sequences:
@@ -269,6 +270,8 @@ class LanguageModel(TorchDistribution):
         for i, row in enumerate(rows):
             if len(row) > self.max_new_tokens:
                 raise ShapeError(f"sequences: row {i} has {len(row)} tokens, expected at most {self.max_new_tokens}")
+            if any(not 0 <= token < self.vocab_size for token in row):
+                raise ShapeError(f"sequences: row {i} is {list(row)}, expected ids of 0 to {self.vocab_size - 1}")
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         where = torch.tensor([0] * len(rows) if context is None else list(context), dtype=torch.int64)
@@ -301,6 +304,8 @@ class LanguageModel(TorchDistribution):
             raise ShapeError(f"log_prob: got last dimension {tuple(value.shape[-1:])}, expected {tuple(self.event_shape)}")
         if value.is_floating_point():
             raise ShapeError(f"log_prob: got ids of dtype {value.dtype}, expected int64")
+        if bool(((value < 0) | (value >= self.vocab_size)).any()):
+            raise ShapeError(f"log_prob: got ids outside the vocabulary, expected 0 to {self.vocab_size - 1}")
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         ids = value.expand(lead + self.event_shape).reshape(-1, self.max_new_tokens)
         context = torch.arange(self.num_contexts, device=ids.device).expand(lead).reshape(-1)
@@ -335,7 +340,6 @@ class LanguageModel(TorchDistribution):
         rows = torch.cat([self.enumerate_sequences(c).ids for c in range(self.num_contexts)])
         values = torch.unique(rows, dim=0).unsqueeze(1)
         return values.expand(-1, self.num_contexts, -1) if expand else values
-
 
     def __or__(self, contexts: Any) -> LanguageModel:
         """The same LM for other contexts: one, or a list of them."""

@@ -47,7 +47,7 @@ class BufferedLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.rows, before = key_states.shape[0], self.length
         self.length += key_states.shape[2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self._tracked()):
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.tracked):
             self.key_buffer = key_states if before == 0 else torch.cat([self.keys, key_states], 2)
             self.value_buffer = value_states if before == 0 else torch.cat([self.values, value_states], 2)
         else:
@@ -91,7 +91,9 @@ class BufferedLayer(DynamicLayer):
         self.length = columns.shape[1]
         self._view()
 
-    def _tracked(self) -> bool:
+    @property
+    def tracked(self) -> bool:
+        """Whether autograd follows what is held."""
         return self.key_buffer is not None and self.key_buffer.requires_grad
 
     def _written(self, buffer: Tensor | None, states: Tensor, before: int) -> Tensor:
@@ -135,7 +137,8 @@ def make_cache(kind: CacheKind, config: Any, capacity: int) -> Cache | None:
 
 
 def select_rows(cache: Cache, index: Tensor) -> None:
-    """Keep rows `index` (M,): in place where every row that moves comes from behind the M-th, as compaction makes it."""
+    """Keep rows `index` (M,): in place where no row that is copied is written to as well, which holds for the index that
+    compaction makes, and for a resampling that leaves each survivor where it was."""
     if not isinstance(cache, _BufferedCache):
         cache.reorder_cache(index)  # the only row selection that every layer type of transformers has
         return
@@ -146,8 +149,8 @@ def select_rows(cache: Cache, index: Tensor) -> None:
     place = torch.arange(count, device=index.device)
     target = torch.nonzero(index != place).squeeze(1)
     source = index[target]
-    fits = count <= layers[0].rows and not any(layer._tracked() for layer in layers)
-    if fits and (len(target) == 0 or int(source.min()) >= count):
+    fits = count <= layers[0].rows and not any(layer.tracked for layer in layers)
+    if fits and bool(((source >= count) | (index[source.clamp_max(count - 1)] == source)).all()):
         for layer in layers:
             layer.select_in_place(target, source, count)
     else:

@@ -19,7 +19,7 @@ from lmppl.sequences import Cost, Draws, Sequences, concatenate
 __all__ = ["CountingDecoder", "draw", "draw_rows", "enumerate_outcomes", "plan_rows", "sample_tokens", "token_log_probs"]
 
 MEMORY_BUDGET = 1 << 30  # bytes that one micro-batch may take
-BLOCK = 256  # vocabulary entries that share one partial sum in `sample_tokens`
+SCORED_POSITIONS = 2048  # tokens in one teacher-forced micro-batch: more fit in memory, but not in a processor's cache
 
 
 class CountingDecoder:
@@ -65,8 +65,9 @@ def plan_rows(lm: LanguageModel, num_rows: int, *, budget: int = MEMORY_BUDGET) 
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits) by inverting its distribution function, and score it.
 
-    The distribution function is summed in two levels, blocks first and then inside one block, in float64: one pass of
-    exponentials, and tail tokens keep their probability to float32's relative, not absolute, precision.
+    The distribution function is summed in two levels of about √V entries, blocks first and then inside one block, in float64
+    (float32 on devices without it): one pass of exponentials, and tail tokens keep their probability to float32's relative,
+    not absolute, precision.
 
     Parameters
     ----------
@@ -82,23 +83,30 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         log softmax(logits) at the tokens, in nats.
     """
     rows, vocab = logits.shape
-    blocks = -(-vocab // BLOCK)
+    wide = _wide(logits.device)
+    size = 1 << max(4, (vocab.bit_length() + 1) // 2)
+    blocks = -(-vocab // size)
     top = logits.amax(-1, keepdim=True)
-    mass = logits.new_empty(rows, blocks * BLOCK)
+    mass = logits.new_empty(rows, blocks * size)
     torch.sub(logits, top, out=mass[:, :vocab])
     mass[:, :vocab].exp_()
     mass[:, vocab:] = 0.0
-    mass = mass.view(rows, blocks, BLOCK)
-    edges = mass.sum(-1).double().cumsum(-1)
+    mass = mass.view(rows, blocks, size)
+    edges = mass.sum(-1).to(wide).cumsum(-1)
     total = edges[:, -1:]
-    target = uniforms[:, None] * total
+    target = uniforms.to(wide)[:, None] * total
     block = _invert(edges, target)
     below = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), 0.0)
-    inner = mass[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)
+    inner = mass[torch.arange(rows, device=logits.device), block[:, 0]].to(wide).cumsum(-1)
     share = (target - below) / (edges.gather(1, block) - below)
-    token = block * BLOCK + _invert(inner, share * inner[:, -1:])
-    log_probs = (logits.gather(1, token) - top).double() - total.log()
+    token = block * size + _invert(inner, share * inner[:, -1:])
+    log_probs = (logits.gather(1, token) - top).to(wide) - total.log()
     return token[:, 0], log_probs[:, 0].to(logits.dtype)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _invert(edges: Tensor, target: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ def draw_rows(
     decoder = CountingDecoder(lm, Cost() if cost is None else cost)
     batch, horizon, device = len(context), lm.max_new_tokens, lm.device
     where = generator.device if generator is not None else torch.device("cpu")
-    uniforms = torch.rand(horizon, batch, dtype=torch.float64, generator=generator, device=where).to(device)
+    uniforms = torch.rand(horizon, batch, dtype=_wide(where), generator=generator, device=where).to(_wide(device)).to(device)
     context = context.to(device)
     ids = torch.full((batch, horizon), lm.pad_id, dtype=torch.int64, device=device)
     lengths = torch.full((batch,), horizon, dtype=torch.int64, device=device)
@@ -195,10 +203,10 @@ def token_log_probs(
         return result
     ids, lengths, context = (x.to(lm.device) for x in (sequences.ids, sequences.lengths, sequences.context))
     order = torch.argsort(lengths * lm.num_contexts + context, stable=True)
-    size = batch_size or plan_rows(lm, len(order))
+    size = batch_size or min(plan_rows(lm, len(order)), max(1, SCORED_POSITIONS // int(lengths.max())))
     with torch.no_grad():
         for rows in order.split(size):
-            width = int(lengths[rows].max())
+            width = max(1, int(lengths[rows].max()))
             tokens = ids[rows, :width]
             decoder = CountingDecoder(lm, counter)
             distinct, row_of = torch.unique(context[rows], return_inverse=True)

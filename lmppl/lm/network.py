@@ -73,7 +73,7 @@ class Network:
         self.body: Any = self.model.get_decoder() if hasattr(model, "get_decoder") else self.model.base_model
         self.modules = list(model.modules())
         self._accepts = {
-            id(module): frozenset(inspect.signature(module.forward).parameters) for module in (self.model, self.body)
+            id(module): frozenset(inspect.signature(type(module).forward).parameters) for module in (self.model, self.body)
         }
         first = next(model.parameters())
         self.device, self.network_dtype = first.device, first.dtype

@@ -10,65 +10,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmppl.errors import ContextError, ModelError, ShapeError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.machine import MachineDecoder
 from lmppl.sequences import Sequences
 
 __all__ = ["TabularLM"]
 
 MAX_STATES = 1_000_000
-
-
-class TabularState(NamedTuple):
-    """Machine state of each row after each of its tokens: history (B, t+1), so that rows can be cropped."""
-
-    history: Tensor
-
-
-class TabularDecoder:
-    """The `Decoder` of a `TabularLM`: a forward is one look-up."""
-
-    capabilities = frozenset({"crop", "ragged", "chunk"})
-
-    def __init__(self, lm: TabularLM) -> None:
-        self.lm = lm
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        return self.lm.log_table[hidden[:, 0]]
-
-    def prefill(
-        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Step, TabularState]:
-        """As `Decoder.prefill`."""
-        state = TabularState(self.lm.initial[context][:, None])
-        if prefix is not None and prefix.shape[1] > 0:
-            _, state = self.extend(state, prefix)
-            if lengths is not None:
-                state = self.crop(state, lengths)
-        return Step(self._project, state.history[:, -1:, None]), state
-
-    def extend(self, state: TabularState, tokens: Tensor, *, grad: bool = False) -> tuple[Step, TabularState]:
-        """As `Decoder.extend`."""
-        history = [state.history[:, -1]]
-        for column in tokens.unbind(1):
-            history.append(self.lm.next_state[history[-1], column])
-        new = torch.stack(history[1:], 1)
-        return Step(self._project, new[:, :, None]), TabularState(torch.cat([state.history, new], 1))
-
-    def crop(self, state: TabularState, lengths: Tensor) -> TabularState:
-        """As `Decoder.crop`; rows are right-aligned, so that each ends in its own last state."""
-        width = int(lengths.max()) + 1
-        columns = (lengths[:, None] + 1 - width + torch.arange(width)).clamp_min(0)
-        return TabularState(state.history.gather(1, columns))
-
-    def select(self, state: TabularState, index: Tensor) -> TabularState:
-        """As `Decoder.select`."""
-        return TabularState(state.history[index])
 
 
 class TabularLM(LanguageModel):
@@ -121,6 +75,7 @@ class TabularLM(LanguageModel):
             )
         _check_conditionals(probs)
         self.order = order
+        self._prefixes: dict[int, tuple[int, ...]] | None = None
         states = torch.arange((size + 1) ** order)
         following = (states[:, None] * (size + 1) + torch.arange(size)) % max(1, (size + 1) ** order)
         start = (size + 1) ** order - 1  # every digit of the history is "before the start"
@@ -137,16 +92,11 @@ class TabularLM(LanguageModel):
         context: Any,
     ) -> None:
         size = log_table.shape[1]
-        eos_index = _resolve_eos(eos, vocabulary, size)
-        if vocabulary is None:
-            vocabulary = ["<eos>" if i == eos_index else _letters(i) for i in range(size)]
-        if len(vocabulary) != size or len(set(vocabulary)) != size:
-            raise ShapeError(f"TabularLM: got {len(set(vocabulary))} distinct symbols, expected V = {size}")
         self.log_table, self.next_state, self.start = log_table, next_state, start
-        self.vocabulary = tuple(vocabulary)
-        self.eos_index = eos_index
+        self.eos_index = eos_index = _resolve_eos(eos, vocabulary, size)
+        self.vocabulary = _symbols(vocabulary, eos_index, size)
         contexts = context if isinstance(context, list) else [context]
-        rows = [self._encode(c) for c in contexts]
+        rows = [_encode(c, self.vocabulary) for c in contexts]
         super().__init__(
             ["".join(self.vocabulary[t] for t in row) for row in rows],
             vocab_size=size,
@@ -155,6 +105,7 @@ class TabularLM(LanguageModel):
             pad_id=0 if eos_index is None else eos_index,
         )
         self.initial = torch.tensor([self._walk(row) for row in rows])
+        self._check_reach()
 
     # Other ways to make one.
 
@@ -177,31 +128,34 @@ class TabularLM(LanguageModel):
         ModelError
             Naming the first reachable prefix that is missing.
         """
+        if not prefixes:
+            raise ModelError("TabularLM.from_prefixes: got no prefixes, expected at least the empty one, ()")
         size = len(next(iter(prefixes.values())))
-        self = cls.__new__(cls)
         eos_index = _resolve_eos(eos, vocabulary, size)
-        symbols = list(vocabulary) if vocabulary is not None else None
+        symbols = _symbols(vocabulary, eos_index, size)
         index: dict[tuple[int, ...], int] = {}
-        for key in prefixes:
-            parts = _split(key, symbols) if isinstance(key, str) and symbols else list(key)
-            row = tuple(symbols.index(p) if symbols and isinstance(p, str) else int(p) for p in parts)
+        for key, conditional in prefixes.items():
+            row = tuple(_encode(key, symbols))
+            if len(conditional) != size:
+                raise ShapeError(f"TabularLM.from_prefixes: {key!r} has {len(conditional)} entries, expected {size}")
+            if row in index:
+                raise ModelError(f"TabularLM.from_prefixes: prefix {key!r} is there twice")
             index[row] = len(index)
+        if () not in index:
+            raise ModelError("TabularLM.from_prefixes: the empty prefix () has no entry")
         probs = torch.tensor([list(p) for p in prefixes.values()], dtype=torch.float64)
         _check_conditionals(probs)
         dead = len(index)
         following = torch.full((dead + 1, size), dead)
         for row, i in index.items():
             for token in range(size):
-                child = (*row, token)
-                if child in index:
-                    following[i, token] = index[child]
-                elif probs[i, token] > 0 and token != eos_index and len(child) < max_new_tokens:
-                    raise ModelError(f"TabularLM.from_prefixes: prefix {child} can be reached but has no entry")
-        log_table = torch.cat([probs.log(), torch.full((1, size), -torch.inf, dtype=torch.float64)])
-        if () not in index:
-            raise ModelError("TabularLM.from_prefixes: the empty prefix () has no entry")
+                following[i, token] = index.get((*row, token), dead)
+        # Prefixes without an entry have no probability; a proper conditional there keeps log 0 + log p from being nan.
+        log_table = torch.cat([probs, torch.full((1, size), 1 / size, dtype=torch.float64)]).log()
+        self = cls.__new__(cls)
         self.order = max(len(r) for r in index)
-        self._setup(log_table, following, index[()], vocabulary, eos, max_new_tokens, context)
+        self._prefixes = {i: row for row, i in index.items()}
+        self._setup(log_table, following, index[()], symbols, eos_index, max_new_tokens, context)
         return self
 
     @classmethod
@@ -265,12 +219,18 @@ class TabularLM(LanguageModel):
 
     @property
     def context_lengths(self) -> Tensor:
-        """(C,) zeros count as one look-up."""
+        """(C,) ones: to start a row is one look-up."""
         return torch.ones(self.num_contexts, dtype=torch.int64)
 
-    def decoder(self) -> TabularDecoder:
+    def decoder(self) -> MachineDecoder:
         """As `LanguageModel.decoder`."""
-        return TabularDecoder(self)
+        return MachineDecoder(self.initial, self._advance, self._scores)
+
+    def _advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return self.next_state[states, tokens]
+
+    def _scores(self, states: Tensor) -> Tensor:
+        return self.log_table[states]
 
     def decode(self, sequences: Sequences) -> list[str]:
         """Symbols joined, EOS left out."""
@@ -280,7 +240,7 @@ class TabularLM(LanguageModel):
     def with_contexts(self, contexts: Sequence[Any]) -> TabularLM:
         """The same tables for other contexts."""
         other = TabularLM.__new__(TabularLM)
-        other.order = self.order
+        other.order, other._prefixes = self.order, self._prefixes
         eos, cap = self.eos_index, self.max_new_tokens
         other._setup(self.log_table, self.next_state, self.start, self.vocabulary, eos, cap, list(contexts))
         return other
@@ -298,20 +258,35 @@ class TabularLM(LanguageModel):
         """As `LanguageModel.bytes_per_row`."""
         return 8 * (2 * num_tokens + 6 * max(self.vocab_size, 256))
 
-    def _encode(self, context: Any) -> list[int]:
-        parts = _split(context, self.vocabulary) if isinstance(context, str) else list(context)
-        row = []
-        for part in parts:
-            if isinstance(part, str) and part not in self.vocabulary:
-                raise ContextError(f"TabularLM: context symbol {part!r} is not in the vocabulary {self.vocabulary}")
-            row.append(self.vocabulary.index(part) if isinstance(part, str) else int(part))
-        return row
-
     def _walk(self, row: Sequence[int]) -> int:
         state = self.start
         for token in row:
             state = int(self.next_state[state, token])
         return state
+
+    def _check_reach(self) -> None:
+        """Every prefix that a context can be continued to, below the cap, must have an entry."""
+        if self._prefixes is None:
+            return
+        for prompt, start in zip(self.prompts, self.initial.tolist(), strict=True):
+            if start not in self._prefixes:
+                raise ContextError(f"TabularLM.from_prefixes: the context {prompt!r} has no entry")
+            frontier = [start]
+            for _ in range(self.max_new_tokens - 1):
+                frontier = [new for state in frontier for new in self._successors(state)]
+
+    def _successors(self, state: int) -> list[int]:
+        assert self._prefixes is not None
+        found = []
+        for token in range(self.vocab_size):
+            if token == self.eos_index or self.log_table[state, token] == -torch.inf:
+                continue
+            new = int(self.next_state[state, token])
+            if new not in self._prefixes:
+                prefix = tuple(self.vocabulary[t] for t in (*self._prefixes[state], token))
+                raise ModelError(f"TabularLM.from_prefixes: prefix {prefix} can be reached but has no entry")
+            found.append(new)
+        return found
 
 
 def _check_conditionals(probs: Tensor) -> None:
@@ -335,6 +310,26 @@ def _resolve_eos(eos: int | str | None, vocabulary: Sequence[str] | None, size: 
     return eos % size
 
 
+def _symbols(vocabulary: Sequence[str] | None, eos_index: int | None, size: int) -> tuple[str, ...]:
+    if vocabulary is None:
+        return tuple("<eos>" if i == eos_index else _letters(i) for i in range(size))
+    if len(vocabulary) != size or len(set(vocabulary)) != size:
+        raise ShapeError(f"TabularLM: got {len(set(vocabulary))} distinct symbols, expected V = {size}")
+    return tuple(vocabulary)
+
+
+def _encode(row: Any, vocabulary: Sequence[str]) -> list[int]:
+    """Token ids of a string of symbols, or of a sequence of symbols and ids."""
+    parts = _split(row, vocabulary) if isinstance(row, str) else list(row)
+    ids = []
+    for part in parts:
+        known = part in vocabulary if isinstance(part, str) else 0 <= part < len(vocabulary)
+        if not known:
+            raise ContextError(f"TabularLM: {part!r} in {row!r} is not in the vocabulary {tuple(vocabulary)}")
+        ids.append(vocabulary.index(part) if isinstance(part, str) else int(part))
+    return ids
+
+
 def _letters(i: int) -> str:
     name = ""
     for _ in itertools.count():
@@ -351,7 +346,7 @@ def _split(text: str, vocabulary: Sequence[str]) -> list[str]:
     while at < len(text):
         symbol = next((s for s in by_length if s and text.startswith(s, at)), None)
         if symbol is None:
-            raise ContextError(f"TabularLM: context {text!r} at {text[at:]!r} starts with no symbol of the vocabulary")
+            raise ContextError(f"TabularLM: {text!r} at {text[at:]!r} starts with no symbol of the vocabulary")
         parts.append(symbol)
         at += len(symbol)
     return parts

@@ -65,6 +65,10 @@ class Feature:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Two features with equal identity are one: same function, read in the same way."""
+        try:
+            hash(self.fn)
+        except TypeError:  # an unhashable callable, such as an instance of a dataclass: itself only
+            return (id(self.fn), self.on, self.stochastic)
         return (self.fn, self.on, self.stochastic)
 
 

@@ -144,7 +144,10 @@ def _merge_features(factors: Sequence[Factor]) -> tuple[dict[str, Feature], dict
     name_of: dict[tuple[Any, ...], str] = {}
     columns: dict[str, tuple[str, ...]] = {}
     for factor in factors:
-        names = []
+        names: list[str] = []
+        own = [f.name for f in factor.features]
+        if len(set(own)) != len(own):
+            raise ModelError(f"factor {factor.name!r}: its features are called {own}, expected distinct names")
         for feature in factor.features:
             if feature.identity not in name_of:
                 name = _free_name(feature.name, set(features))

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lmppl.errors import FactorError
+from lmppl.errors import FactorError, ShapeError
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
-from lmppl.modeling.user_functions import evaluate
+from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
 from lmppl.sequences import Cost, Draws, Sequences
-
-if TYPE_CHECKING:
-    from lmppl.modeling.evidence.automata import Automaton
 
 __all__ = ["Target", "TargetForm"]
 
@@ -135,18 +131,20 @@ class Target:
         FactorError
             On nan, on +inf, and on −inf from a factor that declares `hard=False`.
         """
+        if len(sequences) == 0:
+            return {f.name: torch.zeros(0, dtype=torch.float64, device=self.prior.device) for f in self.factors}
         columns = self.features(sequences) if features is None else features
         values = {}
         for factor in self.factors:
             names = self.model.feature_names(factor)
             own = {f.name: columns[n] for f, n in zip(factor.features, names, strict=True)}
-            values[factor.name] = _checked(factor, factor.log_factor(own), sequences)
+            values[factor.name] = _checked(factor, evaluate_log_factor(factor, own, sequences), sequences)
         return values
 
     def log_prob_unnormalized(self, sequences: Sequences) -> Tensor:
         """(N,) log γ(x|c), in nats; −inf off the support of π0, whatever the factors say there."""
         log_prior = self.log_prior(sequences)
-        total = log_prior.double()
+        total = log_prior.to(torch.float64, copy=True)
         inside = torch.nonzero(log_prior > -torch.inf).squeeze(1)
         for value in self.log_factors(sequences.select(inside)).values():
             total[inside] += value
@@ -160,7 +158,7 @@ class Target:
     def _column(self, name: str, feature: Feature, sequences: Sequences) -> Tensor:
         owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
         if len(sequences) == 0:
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64, device=self.prior.device)
         if feature.stochastic:
             self.cost.factor_calls += len(sequences)
             return evaluate(feature, sequences, factor=owner).to(self.prior.device)
@@ -171,19 +169,19 @@ class Target:
             if key not in cache and key not in fresh:
                 fresh[key] = row
         if fresh:
-            values = evaluate(feature, sequences.select(list(fresh.values())), factor=owner)
-            cache.update(zip(fresh, values, strict=True))
+            cache.update(zip(fresh, evaluate(feature, sequences.select(list(fresh.values())), factor=owner), strict=True))
         self.cost.factor_calls += len(fresh)
         self.cost.cache_hits += len(keys) - len(fresh)
-        return torch.stack([cache[k] for k in keys]).to(self.prior.device)
+        values = [cache[k] for k in keys]
+        if any(v.shape != values[0].shape for v in values):
+            shapes = sorted({tuple(v.shape) for v in values})
+            raise ShapeError(f"factor {owner!r}: feature {name!r} has values of shapes {shapes}, expected one shape")
+        return torch.stack(values).to(self.prior.device)
 
 
 def replace_columns(draws: Draws, *, features: dict[str, Tensor], log_factors: dict[str, Tensor]) -> Draws:
     """`draws` with new feature and factor columns, decoded text kept."""
-    other = replace(draws, features=features, log_factors=log_factors)
-    if "text" in draws.__dict__:
-        other.__dict__["text"] = draws.text
-    return other
+    return draws.with_columns(features=features, log_factors=log_factors)
 
 
 def log_evidence(draws: Draws) -> Tensor:
@@ -195,15 +193,17 @@ def log_evidence(draws: Draws) -> Tensor:
 
 
 def _content_keys(feature: Feature, sequences: Sequences) -> list[Hashable]:
-    """What a feature's value may depend on, by content: its text; with prompts where it reads them."""
+    """What a feature's value may depend on, by content; functions of prompts may ask for token ids too."""
     if feature.on == "text" and not feature.reads_prompts:
         return list(sequences.text)
-    if feature.on in ("text", "full"):
+    if feature.on == "full":
         return list(zip(sequences.context.tolist(), sequences.text, strict=True))
     return list(sequences.keys())
 
 
 def _checked(factor: Factor, value: Tensor, sequences: Sequences) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise FactorError(f"factor {factor.name!r}: log φ is a {type(value).__name__}, expected a tensor")
     if value.shape != (len(sequences),):
         raise FactorError(
             f"factor {factor.name!r}: log φ has shape {tuple(value.shape)}, expected ({len(sequences)},)"

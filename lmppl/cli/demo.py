@@ -1,0 +1,93 @@
+"""`lmppl demo`: the embedded language model, a reward and a constraint, and the engines side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from lmppl.cli.reporting import one_line
+from lmppl.cli.sentiment import is_sentence, sentiment
+from lmppl.comparison import Comparison, compare
+from lmppl.inference.best_of_n import BestOfN
+from lmppl.inference.engine import Engine
+from lmppl.inference.exact import Exact
+from lmppl.inference.importance import Importance
+from lmppl.inference.rejection import Rejection
+from lmppl.lm import LM
+from lmppl.modeling import Constraint, Model, Reward
+from lmppl.sequences import Draws
+
+__all__ = ["demo_model", "run_demo"]
+
+CONTEXT = "The film was"
+NUM_DRAWS = 400
+SHOWN = 7
+PROGRAM = """\
+prior = lmppl.LM("tiny", context="The film was", max_new_tokens=24)
+model = prior * lmppl.Reward(sentiment, beta=0.5, upper=1) * lmppl.Constraint(is_sentence)
+lmppl.compare(model, [lmppl.Rejection(), lmppl.Importance(), lmppl.BestOfN(8), lmppl.Exact()])"""
+
+
+def demo_model() -> Model:
+    """What the demonstration declares: texts about a film that praise it, and end as sentences do."""
+    prior = LM("tiny", context=CONTEXT, max_new_tokens=24)
+    return prior * Reward(sentiment, beta=0.5, upper=1) * Constraint(is_sentence)
+
+
+def run_demo(seed: int, progress: bool | None) -> None:
+    """Print the declaration, draws before and after the evidence, the comparison, and what was seen."""
+    console = Console(highlight=False)
+    model = demo_model()
+    console.print(Text(PROGRAM, style="cyan"), soft_wrap=True)
+    console.print()
+    console.print(Text(model.formula, style="bold"))
+    console.print(Text("sentiment counts words of praise and blame, from -1 to 1; is_sentence asks for a full stop.", style="dim"))
+    engines: Sequence[Engine] = [Rejection(), Importance(), BestOfN(n=8), Exact()]
+    result = compare(model, engines, num_draws=NUM_DRAWS, seed=seed, progress=progress)
+    console.print()
+    if "rejection" in result.approximations and result.approximations["rejection"]:
+        before, after = result.approximations["prior"][0].draws, result.approximations["rejection"][0].draws
+        console.print(_side_by_side(before, after, console.width))
+    console.print(result)
+    if not result.interrupted:
+        console.print()
+        console.print(Text(summary(result), style="bold"))
+
+
+def _side_by_side(before: Draws, after: Draws, width: int) -> Group:
+    half = (width - 3) // 2
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", width=width)
+    for heading in ("draws of the prior", "draws of the posterior"):
+        table.add_column(heading, width=half, no_wrap=True, overflow="ellipsis")
+    for left, right in zip(_lines(before), _lines(after), strict=True):
+        table.add_row(left, right)
+    return Group(table, Text(f"the number is the sentiment; each text continues {CONTEXT!r}", style="dim"))
+
+
+def _lines(draws: Draws) -> list[Text]:
+    scores = draws.features["sentiment"].tolist()
+    colours = {1: "green", 0: "default", -1: "red"}
+    lines = []
+    for score, text in list(zip(scores, draws.text, strict=True))[:SHOWN]:
+        style = colours[(score > 0) - (score < 0)]
+        lines.append(Text.assemble((f"{score:+.1f} ", style), one_line(text).strip()))
+    return lines
+
+
+def summary(result: Comparison) -> str:
+    """One sentence about what the comparison shows, from its figures."""
+    prior, exact, weighted, best = (result[name] for name in ("prior", "rejection", "importance", "best_of_n(n=8)"))
+    mean, holds = "mean:sentiment", "satisfied:is_sentence"
+    before, after, kept = prior[mean].value or 0.0, exact[mean].value or 0.0, prior[holds].value or 0.0
+    gap = abs((exact["log_z"].value or 0.0) - (weighted["log_z"].value or 0.0))
+    noise = math.hypot(exact["log_z"].error or 0.0, weighted["log_z"].error or 0.0)
+    agree = f"agree on log Z within {gap / noise:.1f} standard errors" if noise and gap < 3 * noise else "disagree on log Z"
+    return (
+        f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of sentences from "
+        f"{kept:.0%} to 100 %; rejection and importance {agree}; best-of-8, a heuristic, has its own mean, "
+        f"{best[mean].value or 0.0:+.2f}."
+    )

@@ -1,0 +1,228 @@
+"""How close the law q of a row is to π*, for one context: divergences, effective draws, and the noise of the draws.
+
+With a table of π* and a scorer of q the figures are exact. Otherwise they come from draws, with w = γ/q:
+
+- KL(q‖π*) = log Z − E_q[log w]; ∞ as soon as a draw of q has γ = 0.
+- KL(π*‖q) = E_π*[log w] − log Z over the reference's draws, which see modes that q misses; without them Σ w̄ log(N w̄) over
+  the row's own, which never exceeds log N and is blind to missed modes.
+- TV = E_q[(1 − w/Z)₊].
+
+log Z is the reference's; without a reference it is the row's own estimate, too small where its draws miss mass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lmppl.comparison.figures import Figure, missing
+from lmppl.comparison.laws import NO_WEIGHTS, Law, log_ratios
+from lmppl.comparison.reference import Reference
+from lmppl.diagnostics import (
+    effective_sample_size,
+    elbo,
+    eubo,
+    kl_divergence,
+    pareto_khat,
+    self_normalised_kl,
+    total_variation,
+    total_variation_from_weights,
+    zero_weight_share,
+)
+from lmppl.modeling.target import log_evidence
+
+__all__ = ["closeness", "expected_total_variation"]
+
+OWN_LOG_Z = "log Z is the row's own estimate: too small where its draws miss mass"
+UNKNOWN_DENSITY = "log q of its draws is not known"
+TABLE = "a table of all outcomes, not draws"
+BY_CONSTRUCTION = "0 by construction: its draws are from π*"
+ROUNDING = 1e-4  # how far float32 log-probabilities of a table are from summing to 1
+
+
+def closeness(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
+    """The figures of one context, by column: KL both ways, TV, Pr_q(γ=0), ESS, k̂, and TV of the draws with its noise.
+
+    Parameters
+    ----------
+    law : Law
+        What the row speaks about. Divergences are those of q, *before* weighting; the weights correct them.
+    reference : Reference, optional
+        What is known of π*.
+    context : int
+    """
+    if law.kind == "posterior":
+        zero = Figure(0.0, 0.0, note=BY_CONSTRUCTION)
+        figures = {"kl_reverse": zero, "kl_forward": zero, "tv": zero, "zero": zero}
+    else:
+        log_q = None if reference is None else law.log_q(reference, context)
+        if reference is not None and reference.enumerated and log_q is not None:
+            figures = _from_table(reference, context, log_q)
+        else:
+            figures = _from_draws(law, reference, context, log_q)
+    return figures | _effective(law, context) | _noise(law, reference, context)
+
+
+def _from_table(reference: Reference, context: int, log_q: Tensor) -> dict[str, Figure]:
+    rows = reference.draws.context == context
+    log_p = reference.weights[rows].log()
+    outside = max(0.0, 1.0 - float(log_q.exp().sum()))
+    if outside > ROUNDING:  # mass of q off the support of π0 is one more outcome
+        log_q = torch.cat([log_q, log_q.new_tensor([math.log(outside)])])
+        log_p = torch.cat([log_p, log_p.new_tensor([-math.inf])])
+    return {
+        "kl_reverse": Figure(float(kl_divergence(log_q, log_p)), 0.0),
+        "kl_forward": Figure(float(kl_divergence(log_p, log_q)), 0.0),
+        "tv": Figure(float(total_variation(log_p, log_q)), 0.0),
+        "zero": Figure(float(log_q[log_p == -math.inf].exp().sum()), 0.0),
+    }
+
+
+def _from_draws(law: Law, reference: Reference | None, context: int, log_q: Tensor | None) -> dict[str, Figure]:
+    if not law.has_weights:
+        return _without_density(law, reference, context)
+    log_w = _log_weights(law, context)
+    log_z, log_z_error, biased = _log_z(law, reference, context)
+    lower = elbo(log_w)
+    relation = "≈" if biased else "="
+    note = OWN_LOG_Z if biased else ""
+    infinite = float(lower.value) == -math.inf
+    reverse = Figure(
+        math.inf if infinite else log_z - float(lower.value),
+        None if infinite else _root(lower.standard_error, log_z_error),
+        relation="=" if infinite else relation,
+        note=lower.note if infinite else note,
+    )
+    short = total_variation_from_weights(log_w, log_z) if len(log_w) > 1 else None
+    tv = missing("one draw") if short is None else Figure(float(short.value), _number(short.standard_error), None, relation, note=note)
+    share = float(zero_weight_share(log_w))
+    return {
+        "kl_reverse": reverse,
+        "kl_forward": _forward(log_w, reference, context, log_q),
+        "tv": tv,
+        "zero": Figure(share, math.sqrt(share * (1 - share) / len(log_w))),
+    }
+
+
+def _forward(log_w: Tensor, reference: Reference | None, context: int, log_q: Tensor | None) -> Figure:
+    """KL(π*‖q) over draws of π* where there are any, else from the row's own weights."""
+    if reference is None or log_q is None or not reference.exact:
+        if float(zero_weight_share(log_w)) == 1.0:
+            return missing("every draw has γ = 0")
+        own = self_normalised_kl(log_w)
+        note = f"from its own weights: blind to modes it misses, and {own.note}"
+        return Figure(float(own.value), _number(own.standard_error), relation="≈", note=note)
+    rows = reference.draws.context == context
+    upper = eubo(reference.log_gamma[rows] - log_q)
+    log_z, error = float(reference.log_z[context]), float(reference.log_z_error[context])
+    infinite = float(upper.value) == math.inf
+    return Figure(
+        float(upper.value) - log_z,
+        None if infinite else _root(upper.standard_error, error),
+        note=upper.note if infinite else "",
+    )
+
+
+def _without_density(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
+    """Best-of-n has a bound: KL(q‖π*) = KL(q‖π0) − E_q[Σ log φ] + log Z, KL(q‖π0) ≤ log n − (n−1)/n."""
+    unknown = missing(UNKNOWN_DENSITY)
+    rows = law.draws.context == context
+    evidence = log_evidence(law.draws.select(rows))
+    share = float((evidence == -math.inf).double().mean())
+    figures = {"kl_reverse": unknown, "kl_forward": unknown, "tv": unknown}
+    figures["zero"] = Figure(share, math.sqrt(share * (1 - share) / len(evidence)))
+    bound = law.kl_to_prior_bound
+    if share > 0:
+        figures["kl_reverse"] = Figure(math.inf, note="some of its draws have γ = 0")
+    elif bound is not None and reference is not None:
+        spent = float(evidence.std()) / math.sqrt(len(evidence)) if len(evidence) > 1 else None
+        error = None if spent is None else math.hypot(spent, float(reference.log_z_error[context]))
+        value = bound - float(evidence.mean()) + float(reference.log_z[context])
+        figures["kl_reverse"] = Figure(value, error, relation="≤", note="bound by KL(q‖π0) ≤ log n − (n−1)/n")
+    return figures
+
+
+def _effective(law: Law, context: int) -> dict[str, Figure]:
+    rows = law.draws.context == context
+    count = int(rows.sum())
+    if law.has_weights:
+        log_w = _log_weights(law, context)
+        if float(zero_weight_share(log_w)) == 1.0:
+            none = missing("every draw has γ = 0")
+            return {"ess": Figure(0.0), "k_hat": none}
+        shape = pareto_khat(log_w)
+        k_hat = missing(shape.note) if math.isnan(shape.value) else Figure(shape.value)
+        return {"ess": Figure(float(effective_sample_size(log_w))), "k_hat": k_hat}
+    if law.tabulated:
+        return {"ess": missing(TABLE), "k_hat": missing(TABLE)}
+    if law.kind == "posterior":
+        return {"ess": Figure(float(count)), "k_hat": missing("draws from π* have no weights")}
+    return {"ess": missing(NO_WEIGHTS), "k_hat": missing(NO_WEIGHTS)}
+
+
+def _noise(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
+    """TV between the (weighted) empirical law of the draws and π*, beside what as many exact draws would show."""
+    if reference is None or not reference.enumerated:
+        reason = missing("needs the table of π*: outcomes are too many")
+        return {"tv_draws": reason, "tv_draws_exact": reason}
+    if law.tabulated:
+        reason = missing(TABLE)
+        return {"tv_draws": reason, "tv_draws_exact": reason}
+    table, drawn = reference.draws.context == context, law.draws.context == context
+    mass: dict[object, float] = {}
+    weights = law.weights[drawn].tolist()
+    for key, weight in zip(law.draws.select(drawn).keys(), weights, strict=True):
+        mass[key] = mass.get(key, 0.0) + weight
+    p = reference.weights[table].cpu()
+    keys = reference.draws.select(table).keys()
+    distance = sum(abs(mass.pop(key, 0.0) - q) for key, q in zip(keys, p.tolist(), strict=True)) + sum(mass.values())
+    number = _effective(law, context)["ess"].value if law.kind == "proposal" else float(len(weights))
+    return {
+        "tv_draws": Figure(0.5 * distance),
+        "tv_draws_exact": Figure(expected_total_variation(p, max(1, round(number or 1.0)))),
+    }
+
+
+def expected_total_variation(probabilities: Tensor, num_draws: int) -> float:
+    """E[TV] between a law and the empirical law of n independent draws of it: ½ Σ_x E|k_x/n − p_x|.
+
+    By de Moivre's identity E|k − np| = 2 (m+1) C(n, m+1) p^(m+1) (1−p)^(n−m), m = ⌊np⌋, exactly.
+
+    Parameters
+    ----------
+    probabilities : Tensor (S,)
+        p_x, summing to 1.
+    num_draws : int
+        n ≥ 1.
+    """
+    p = probabilities.double()
+    p = p[(p > 0) & (p < 1)]
+    n = torch.tensor(float(num_draws), dtype=torch.float64)
+    m = torch.floor(n * p).clamp_max(num_draws - 1)
+    log_choose = torch.lgamma(n + 1) - torch.lgamma(m + 2) - torch.lgamma(n - m)
+    log_mean = math.log(2.0) + torch.log(m + 1) + log_choose + (m + 1) * torch.log(p) + (n - m) * torch.log1p(-p)
+    return 0.5 * float(log_mean.exp().sum()) / num_draws
+
+
+def _log_weights(law: Law, context: int) -> Tensor:
+    log_w = log_ratios(law.draws)
+    assert log_w is not None
+    return log_w[law.draws.context == context].double().cpu()
+
+
+def _log_z(law: Law, reference: Reference | None, context: int) -> tuple[float, float, bool]:
+    """log Z, its standard error, and whether it is the row's own."""
+    if reference is not None:
+        return float(reference.log_z[context]), float(reference.log_z_error[context]), not reference.exact
+    log_w = _log_weights(law, context)
+    return float(torch.logsumexp(log_w, 0)) - math.log(len(log_w)), 0.0, True
+
+
+def _root(error: Tensor | None, other: float) -> float | None:
+    return None if error is None or math.isnan(other) else math.hypot(float(error), other)
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)

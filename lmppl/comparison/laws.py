@@ -1,0 +1,131 @@
+"""Which law a row of the comparison speaks about: π* itself, a proposal, a language model as it is, or something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmppl.comparison.reference import Reference
+from lmppl.inference.approximation import Approximation, ExactTable
+from lmppl.inference.best_of_n import BestOfN, best_of_n_law
+from lmppl.inference.engine import Guarantee
+from lmppl.lm.base import LanguageModel
+from lmppl.modeling.target import log_evidence
+from lmppl.sequences import Draws
+
+__all__ = ["Law", "law_of"]
+
+NO_WEIGHTS = "a heuristic: its draws have no weights towards π*"
+
+Kind = Literal["posterior", "proposal", "policy", "other"]
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """The law q of one unweighted draw of a row, and the draws that show it.
+
+    Parameters
+    ----------
+    kind : str
+        "posterior": q = π* by construction. "proposal": draws of q, which the engine's weights w = γ/q correct.
+        "policy": draws of q, taken as they are; the weights only measure. "other": the density of q is not known.
+    q : str
+        Its name, for people.
+    approximation : Approximation
+    density : LanguageModel, optional
+        Scores log q.
+    """
+
+    kind: Kind
+    q: str
+    approximation: Approximation
+    density: LanguageModel | None = None
+
+    @property
+    def draws(self) -> Draws:
+        """All draws, every context."""
+        return self.approximation.draws
+
+    @property
+    def tabulated(self) -> bool:
+        """The draws are the table of π* itself."""
+        return isinstance(self.approximation, ExactTable) and self.approximation.enumerated
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `log_weight` is log γ − log q of independent draws of q."""
+        return self.kind in ("proposal", "policy")
+
+    @property
+    def weights(self) -> Tensor:
+        """(N,) what the row's means use: the engine's weights; equal ones for a policy, which is taken as it is."""
+        if self.kind != "policy":
+            return self.draws.weights
+        counts = torch.bincount(self.draws.context, minlength=self.draws.num_contexts)
+        return 1.0 / counts[self.draws.context].double()
+
+    def log_q(self, reference: Reference, context: int) -> Tensor | None:
+        """(S,) log q of the reference's rows of one context, in nats; None where it cannot be computed."""
+        rows = reference.draws.context == context
+        if self.density is not None:
+            return self.density.score(reference.draws.select(rows).sequences).double()
+        engine = self.approximation.engine
+        if isinstance(engine, BestOfN) and reference.enumerated:
+            table = reference.draws.select(rows)
+            score = log_evidence(table) if engine.score is None else {**table.features, **table.log_factors}[engine.score]
+            assert table.log_prior is not None
+            return best_of_n_law(table.log_prior, score, engine.n)
+        return None
+
+    @property
+    def kl_to_prior_bound(self) -> float | None:
+        """An upper bound of KL(q‖π0) that the engine knows, in nats: log n − (n−1)/n of best-of-n [beirami2024]."""
+        bound = self.approximation.info.get("kl_bound")
+        return None if bound is None else float(bound)
+
+
+def law_of(approximation: Approximation, policy: LanguageModel | None = None, name: str = "") -> Law:
+    """The law that the row of `approximation` speaks about.
+
+    Parameters
+    ----------
+    approximation : Approximation
+    policy : LanguageModel, optional
+        The row is this language model, taken as it is, and `approximation` its draws with weights γ/q.
+    name : str
+        How the table calls the policy.
+    """
+    if policy is not None:
+        return Law("policy", name, approximation, policy)
+    if approximation.guarantee is Guarantee.EXACT:
+        return Law("posterior", "π*", approximation)
+    if approximation.guarantee is not Guarantee.HEURISTIC and weights_are_ratios(approximation.draws):
+        proposal = getattr(approximation.engine, "proposal", None)
+        if isinstance(proposal, ExactTable):
+            proposal = proposal.as_language_model()
+        if isinstance(proposal, LanguageModel) and not getattr(approximation.engine, "defensive", 0.0):
+            return Law("proposal", type(proposal).__name__, approximation, proposal)
+        if approximation.model is not None and bool((approximation.draws.log_q == approximation.draws.log_prior).all()):
+            return Law("proposal", "π0", approximation, approximation.model.prior)
+        return Law("proposal", "its proposal", approximation)
+    return Law("other", str(approximation.engine or "its own"), approximation)
+
+
+def log_ratios(draws: Draws) -> Tensor | None:
+    """(N,) log γ − log q as the engine computed it, before any smoothing of the weights; None where it has none."""
+    return draws.columns.get("raw_log_weight", draws.log_weight)
+
+
+def weights_are_ratios(draws: Draws) -> bool:
+    """Whether log w = log π0 + Σ log φ − log q row by row, so that the draws are plain draws of a proposal."""
+    log_w = log_ratios(draws)
+    if log_w is None or draws.log_prior is None or draws.log_q is None:
+        return False
+    expected = draws.log_prior.double() + log_evidence(draws) - draws.log_q.double()
+    alive = expected > -torch.inf
+    if not bool((log_w[~alive] == -torch.inf).all()):
+        return False
+    return bool(torch.allclose(log_w[alive].double(), expected[alive], atol=1e-3, rtol=1e-5))

@@ -1,0 +1,46 @@
+"""How well: plain tensors in, figures with errors out; each says what it detects and to what it is blind."""
+
+from lmppl.diagnostics.divergences import (
+    elbo,
+    eubo,
+    kl_divergence,
+    self_normalised_kl,
+    total_variation,
+    total_variation_from_weights,
+)
+from lmppl.diagnostics.intervals import binomial_upper, clopper_pearson, empirical_bernstein
+from lmppl.diagnostics.normalizers import log_acceptance, log_mean_weight, log_mean_weight_bounded, stack
+from lmppl.diagnostics.weights import (
+    TailShape,
+    effective_sample_size,
+    entropy_effective_sample_size,
+    max_weight_share,
+    normalised_log_weights,
+    pareto_khat,
+    pareto_smooth,
+    zero_weight_share,
+)
+
+__all__ = [
+    "TailShape",
+    "binomial_upper",
+    "clopper_pearson",
+    "effective_sample_size",
+    "elbo",
+    "empirical_bernstein",
+    "entropy_effective_sample_size",
+    "eubo",
+    "kl_divergence",
+    "log_acceptance",
+    "log_mean_weight",
+    "log_mean_weight_bounded",
+    "max_weight_share",
+    "normalised_log_weights",
+    "pareto_khat",
+    "pareto_smooth",
+    "self_normalised_kl",
+    "stack",
+    "total_variation",
+    "total_variation_from_weights",
+    "zero_weight_share",
+]

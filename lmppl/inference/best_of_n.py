@@ -1,0 +1,190 @@
+"""BestOfN: of n draws from the prior, keep the one with the highest score; and the exact law that this samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.inference.approximation import Sampler
+from lmppl.inference.engine import (
+    SHARD_DRAWS,
+    Engine,
+    Guarantee,
+    Part,
+    Request,
+    Shard,
+    make_shard,
+    shard_generator,
+)
+from lmppl.inference.proposals import propose
+from lmppl.modeling.target import Target, TargetForm, log_evidence
+from lmppl.sequences import Draws, concatenate
+
+__all__ = ["BestOfN", "best_of_n_law"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BestOfN(Engine):
+    """The best of n independent draws from π0, ties broken at random: a heuristic, whose law is known but is not π*.
+
+    With score s(x) = Σ_k log φ_k(x), or the column named by `score`, and F(v) = π0(s ≤ v), F(v⁻) = π0(s < v):
+
+        P(s = v) = F(v)^n − F(v⁻)^n,   within a level ∝ π0,   KL(BoN‖π0) ≤ log n − (n−1)/n nats   [beirami2024].
+
+    The strength of the evidence is set by n alone: β rescales s and changes nothing. There is no estimate of log Z, and
+    `log_q` is not known draw by draw; `best_of_n_law` computes it where the outcomes can be enumerated.
+
+    A hard constraint is a level of its own (−∞), kept as the law says: where all n proposals violate it, so does the draw.
+    `info["violating_share"]` (C,) is the share of draws with γ = 0, and a warning is logged where it is positive. Raise n,
+    or use rejection, to be rid of them.
+
+    Parameters
+    ----------
+    n : int
+        Proposals for each draw, all fresh.
+    score : str, optional
+        Name of a factor (its log φ) or of a feature (one number a text), higher is better; by default the sum of all log φ.
+    num_draws : int
+        Draws per context where `infer` does not say.
+
+    Raises
+    ------
+    ModelError
+        Where n < 1, or `score` names no factor or feature, or a feature of several columns.
+    InfeasibleModel
+        Where all proposals of a context had γ = 0: naming it, with a 95 % upper bound of their prior probability.
+
+    References
+    ----------
+    `stiennon2020` for the method, `beirami2024` for its law.
+    """
+
+    n: int = 16
+    score: str | None = None
+    num_draws: int = 64
+
+    name: ClassVar[str] = "best_of_n"
+    guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
+    references: ClassVar[tuple[str, ...]] = ("stiennon2020", "beirami2024")
+
+    def unsupported_reason(self, form: TargetForm) -> str | None:
+        """As `Engine.unsupported_reason`."""
+        if not form.factor_names:
+            return "best_of_n needs a score: this model has no factor; multiply the prior by one, such as lmppl.Reward(fn)"
+        return super().unsupported_reason(form)
+
+    def plan(self, target: Target, request: Request) -> list[Shard]:
+        """Shards of about 1,024 proposals, so that progress and budgets see the forwards that are really made."""
+        if self.n < 1:
+            raise ModelError(f"BestOfN: got n = {self.n}, expected at least 1")
+        known = (*target.form.factor_names, *target.model.features)
+        if self.score is not None and self.score not in known:
+            raise ModelError(
+                f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted(known)}"
+            )
+        contexts = tuple(range(target.form.num_contexts))
+        wanted = request.num_draws
+        if wanted is None and request.budget is None:
+            wanted = self.num_draws
+        if wanted is not None and wanted < 1:
+            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
+        size = max(1, SHARD_DRAWS // (len(contexts) * self.n))
+        counts = [size] if wanted is None else [min(size, wanted - start) for start in range(0, wanted, size)]
+        shards = [make_shard(target, i, count, request.seed, contexts) for i, count in enumerate(counts)]
+        batch = make_shard(target, 0, size * self.n, request.seed, contexts).batch_size
+        return [replace(shard, batch_size=batch) for shard in shards]
+
+    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
+        """As `Engine.run_shard`; the part's info holds `possible` (C,), the proposals with γ > 0 of each context."""
+        generator = shard_generator(shard)
+        proposals = propose(
+            target.prior, shard, shard.num_draws * self.n, generator=generator, cost=target.cost
+        )
+        proposals = target.evaluate(proposals)
+        possible = log_evidence(proposals) > -torch.inf
+        chosen = _best_of_each(self._scores(proposals).view(-1, self.n), generator)
+        draws = replace(proposals.select(chosen), log_q=None)
+        count = torch.bincount(proposals.context[possible].cpu(), minlength=target.form.num_contexts)
+        return Part(shard, draws, info={"possible": count})
+
+    def merge(self, parts: Sequence[Part]) -> Sampler:
+        """As `Engine.merge`."""
+        draws = concatenate([p.draws for p in parts])
+        possible = torch.stack([p.info["possible"] for p in parts]).sum(0)
+        num_draws = sum(p.shard.num_draws for p in parts)
+        for c in torch.nonzero(possible == 0).squeeze(1).tolist():
+            tried = num_draws * self.n
+            raise InfeasibleModel(
+                f"best_of_n: none of {tried:,} proposals for context {c} ({draws.prompts[c]!r}) had γ > 0; with 95 % "
+                f"confidence their prior probability is below {-math.expm1(math.log(0.05) / tried):.2g}; raise n or num_draws, "
+                "or declare a weaker constraint"
+            )
+        violating = draws.context[log_evidence(draws) == -torch.inf].cpu()
+        share = torch.bincount(violating, minlength=draws.num_contexts).double() / num_draws
+        if bool((share > 0).any()):
+            log.warning(
+                "best_of_n: %.1f %% of the draws violate a hard constraint; raise n",
+                100 * float(share.mean()),
+            )
+        info = {"violating_share": share, "kl_bound": math.log(self.n) - (self.n - 1) / self.n}
+        return Sampler(draws, (), self.guarantee, info)
+
+    def _scores(self, proposals: Draws) -> Tensor:
+        if self.score is None:
+            return log_evidence(proposals)
+        known = {**proposals.features, **proposals.log_factors}
+        values = known[self.score]
+        if values.dim() != 1:
+            raise ModelError(
+                f"BestOfN: score {self.score!r} has {values.shape[1]} values a text, expected one; name a factor instead"
+            )
+        return values.double()
+
+
+def best_of_n_law(log_prior: Tensor, log_phi: Tensor, n: int) -> Tensor:
+    """(S,) log-probability that each of S outcomes is the best of n draws, in nats.
+
+    P(x) = [F(v)^n − F(v⁻)^n] · π0(x)/π0(s = v) at v = s(x), evaluated without cancellation as
+    F(v)^n · (1 − (1 − π0(s = v)/F(v))^n)   [beirami2024].
+
+    Parameters
+    ----------
+    log_prior : Tensor (S,)
+        log π0(x) of *all* outcomes of one context, in nats.
+    log_phi : Tensor (S,)
+        The score s(x): finite or −inf, which is a level like any other.
+    n : int
+        Proposals.
+    """
+    if n < 1:
+        raise ModelError(f"best_of_n_law: got n = {n}, expected at least 1")
+    result = torch.full_like(log_prior, -torch.inf, dtype=torch.float64)
+    possible = torch.nonzero(log_prior > -torch.inf).squeeze(1)
+    prior = log_prior[possible].double()
+    levels, level = torch.unique(log_phi[possible].double(), return_inverse=True)
+    at_level = torch.stack([torch.logsumexp(prior[level == i], 0) for i in range(len(levels))])
+    up_to = torch.logcumsumexp(at_level, 0)
+    share = (at_level - up_to).exp()  # π0(s = v)/F(v), exactly 1 at the lowest level
+    log_level = n * up_to + torch.log(-torch.expm1(n * torch.log1p(-share)))
+    result[possible] = (log_level - at_level)[level] + prior
+    return result
+
+
+def _best_of_each(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """(G,) row numbers of a highest score in each group of `scores` (G, n); ties by independent uniform numbers."""
+    where = generator.device
+    lottery = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=where).to(
+        scores.device
+    )
+    best = scores == scores.amax(-1, keepdim=True)
+    winner = torch.where(best, lottery, -1.0).argmax(-1)
+    return torch.arange(len(scores), device=scores.device) * scores.shape[1] + winner

@@ -1,0 +1,205 @@
+"""Exact: the posterior itself, by enumeration or by dynamic programming.
+
+The first tool for debugging a declaration: where π* can be computed, what it looks like says whether the *model* is
+wrong, before any engine's error comes in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import FactorError, InfeasibleModel, ModelError
+from lmppl.inference.approximation import ExactTable
+from lmppl.inference.dynamic_programming import AutomatonLM
+from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard, shard_generator
+from lmppl.inference.posterior_lm import PosteriorLM
+from lmppl.inference.prefix_tree import PrefixTreeLM
+from lmppl.lm.base import ENUMERATION_GUARD
+from lmppl.lm.decoding import draw
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.target import Target, TargetForm, log_evidence
+from lmppl.sequences import Draws, Estimate, concatenate
+
+__all__ = ["Exact"]
+
+Route = Literal["enumeration", "dynamic programming"]
+
+
+@dataclass(frozen=True)
+class Exact(Engine):
+    """π*(x|c) = γ(x|c) / Z(c), Z(c) = Σ_x γ(x|c), computed.
+
+    Two routes, chosen by the form of the declaration and recorded in `info["route"]`:
+
+    - "dynamic programming", where the prior is a `TabularLM` and every factor is given by a finite automaton (or there is
+      none): soft values over the product machine, exact at any horizon. `draws` are `num_draws` independent exact draws
+      per context, equally weighted.
+    - "enumeration" otherwise: every outcome of positive prior probability is scored. `draws` is then the whole table,
+      ordered by context, with `log_weight` = log γ, so that the normalised weights are the posterior probabilities;
+      outcomes with γ = 0 stay in it. `num_draws` is not used.
+
+    In both, `log_q` = log π* in nats, and the result's `law` is π* as a language model: it draws, scores, and can be a
+    proposal or the next model's prior.
+
+    Parameters
+    ----------
+    max_sequences : int
+        Enumeration stops with an error where a context has more outcomes than this.
+
+    Raises
+    ------
+    InfeasibleModel
+        Where Z(c) = 0; names the context, and a factor that alone excludes everything.
+    SupportTooLarge
+        Where the outcomes, or the states of the product machine, are too many.
+
+    References
+    ----------
+    `korbak2022bayesian` for the posterior, `rabiner1989` and `mohri1997` for the dynamic programming.
+    """
+
+    max_sequences: int = ENUMERATION_GUARD
+
+    name: ClassVar[str] = "exact"
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    references: ClassVar[tuple[str, ...]] = ("korbak2022bayesian", "rabiner1989", "mohri1997")
+
+    def route(self, form: TargetForm) -> Route:
+        """How this engine would compute a target of that form."""
+        return "dynamic programming" if form.tabular and not form.without_automaton else "enumeration"
+
+    def unsupported_reason(self, form: TargetForm) -> str | None:
+        """As `Engine.unsupported_reason`; a `TabularLM` with zeros may have few outcomes, and is tried."""
+        reason = super().unsupported_reason(form)
+        if reason is not None or form.tabular or form.max_outcomes <= self.max_sequences:
+            return reason
+        count = f"about {form.max_outcomes:.0e}" if form.max_outcomes < float("inf") else "far too many"
+        return (
+            f"exact enumeration: {form.vocab_size:,} tokens and a horizon of {form.horizon} make {count} outcomes, more "
+            f"than max_sequences = {self.max_sequences:,}; use a smaller horizon or vocabulary, or the engine "
+            "'rejection' or 'importance'"
+        )
+
+    def plan(self, target: Target, request: Request) -> list[Shard]:
+        """One shard: a posterior is whole or it is none."""
+        if self.max_sequences < 1:
+            raise ModelError(f"Exact: got max_sequences = {self.max_sequences}, expected at least 1")
+        wanted = self.default_draws if request.num_draws is None else request.num_draws
+        if wanted < 1:
+            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
+        return [make_shard(target, 0, wanted, request.seed, tuple(range(target.form.num_contexts)))]
+
+    def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
+        """Nothing follows."""
+        return []
+
+    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
+        """As `Engine.run_shard`; set-up is everything but the draws."""
+        before, start = target.cost.copy(), time.perf_counter()
+        law: PosteriorLM
+        if self.route(target.form) == "enumeration":
+            table, log_gamma = self._table(target, shard.contexts)
+            law = _law_of_table(target, table, log_gamma)
+            setup = replace(target.cost - before, seconds=time.perf_counter() - start)
+            log_posterior = log_gamma - law.log_normalizer[table.context]
+            draws = _with(table, log_weight=log_gamma, log_q=log_posterior)
+        else:
+            law = _law_of_machine(target)
+            setup = replace(target.cost - before, seconds=time.perf_counter() - start)
+            draws = _drawn(target, law, shard)
+        return Part(shard, draws, info={"law": law, "setup": setup})
+
+    def merge(self, parts: Sequence[Part]) -> ExactTable:
+        """As `Engine.merge`."""
+        (part,) = parts
+        law = part.info["law"]
+        enumerated = isinstance(law, PrefixTreeLM)
+        log_z: Tensor = law.log_normalizer
+        estimate = Estimate(log_z, torch.stack([log_z, log_z], -1), 1.0, "exact", torch.zeros_like(log_z))
+        info: dict[str, Any] = {"route": "enumeration" if enumerated else "dynamic programming"}
+        if enumerated:
+            info["outcomes"] = torch.bincount(part.draws.context, minlength=len(log_z))
+        else:
+            info["product_states"] = law.num_states
+        setup = part.info["setup"]
+        return ExactTable(
+            part.draws, (estimate,), self.guarantee, info, setup=setup, law=law, enumerated=enumerated
+        )
+
+    def _table(self, target: Target, contexts: Sequence[int]) -> tuple[Draws, Tensor]:
+        """Every outcome of positive prior probability, scored and ordered by context, and its log γ."""
+        parts, log_gammas = [], []
+        for c in contexts:
+            outcomes = target.prior.enumerate_sequences(c, max_sequences=self.max_sequences, cost=target.cost)
+            log_prior = outcomes.log_weight  # an enumeration is weighted by its own law
+            assert log_prior is not None
+            parts.append(target.evaluate(outcomes))
+            log_gammas.append(log_prior.double() + log_evidence(parts[-1]))
+        return concatenate(parts, pad_id=target.prior.pad_id), torch.cat(log_gammas)
+
+
+def _law_of_table(target: Target, table: Draws, log_gamma: Tensor) -> PrefixTreeLM:
+    law = PrefixTreeLM(target.prior, table, log_gamma)
+    for c in _infeasible(law.log_normalizer):
+        excluding = [
+            n for n, v in table.log_factors.items() if not bool((v[table.context == c] > -torch.inf).any())
+        ]
+        raise _no_posterior(target, c, excluding)
+    return law
+
+
+def _law_of_machine(target: Target) -> AutomatonLM:
+    prior = target.prior
+    assert isinstance(prior, TabularLM)
+    automata = {f.name: f.automaton for f in target.factors if f.automaton is not None}
+    law = AutomatonLM(prior, list(automata.values()))
+    for c in _infeasible(law.log_normalizer):
+        alone = {
+            name: AutomatonLM(prior, [automaton]).log_normalizer[c] for name, automaton in automata.items()
+        }
+        raise _no_posterior(target, c, [name for name, log_z in alone.items() if log_z == -torch.inf])
+    return law
+
+
+def _infeasible(log_normalizer: Tensor) -> list[int]:
+    return torch.nonzero(log_normalizer == -torch.inf).squeeze(1).tolist()
+
+
+def _no_posterior(target: Target, context: int, excluding: Sequence[str]) -> InfeasibleModel:
+    where = f"context {context} ({target.contexts[context]!r})"
+    if excluding:
+        why = f"factor {excluding[0]!r} alone excludes every outcome"
+    else:
+        why = "no factor alone excludes every outcome, but together they do"
+    return InfeasibleModel(f"exact: Z = 0 for {where}: {why} of at most {target.form.horizon} tokens")
+
+
+def _drawn(target: Target, law: AutomatonLM, shard: Shard) -> Draws:
+    """Exact draws from the law, scored under the prior and, as a check of the automata, by the factors themselves."""
+    drawn = draw(
+        law, shard.num_draws, generator=shard_generator(shard), cost=target.cost, batch_size=shard.batch_size
+    )
+    draws = target.evaluate(_with(drawn, log_prior=target.log_prior(drawn)))
+    for name, values in draws.log_factors.items():
+        wrong = torch.nonzero(values != 0.0)
+        if len(wrong):
+            row = int(wrong[0, 0])
+            raise FactorError(
+                f"factor {name!r}: log φ = {float(values[row]):g} for the text {draws.text[row]!r}, which its automaton "
+                "accepts; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
+            )
+    return draws
+
+
+def _with(draws: Draws, **columns: Tensor) -> Draws:
+    """`draws` with other columns, decoded text kept."""
+    other = replace(draws, **columns)  # type: ignore[arg-type]
+    if "text" in draws.__dict__:
+        other.__dict__["text"] = draws.text
+    return other

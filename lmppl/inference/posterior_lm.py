@@ -1,0 +1,94 @@
+"""PosteriorLM: π* as a language model over the prior's own tokens, run by a deterministic machine of states.
+
+`Exact` computes π* in two ways, as a tree of prefixes and by dynamic programming over a finite machine. Both are a start
+state for each context, a rule that reads a token, and next-token log-probabilities in each state: what stands here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ContextError
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.machine import MachineDecoder
+from lmppl.sequences import Sequences
+
+__all__ = ["PosteriorLM"]
+
+
+class PosteriorLM(LanguageModel):
+    """π*(x|c) of one model, for the contexts it was computed for.
+
+    Ids, texts, ends of rows and contexts are the prior's. After a prefix of posterior probability zero every token is
+    equally likely: a conditional has no other meaning there, and the row as a whole keeps log π*(x|c) = −inf.
+
+    Parameters
+    ----------
+    prior : LanguageModel
+        π0, which decodes texts and ends rows.
+    initial : Tensor (C,), int64
+        The start state of each context.
+    """
+
+    def __init__(self, prior: LanguageModel, initial: Tensor) -> None:
+        super().__init__(
+            prior.prompts,
+            vocab_size=prior.vocab_size,
+            max_new_tokens=prior.max_new_tokens,
+            eos_ids=prior.eos_ids,
+            pad_id=prior.pad_id,
+        )
+        self.prior = prior
+        self.initial = initial
+
+    @abstractmethod
+    def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(M,) states after reading `tokens` (M,) in `states` (M,)."""
+
+    @abstractmethod
+    def next_log_probs(self, states: Tensor) -> Tensor:
+        """(M, V) log π*(x_t|c, x_<t) in `states` (M,), in nats."""
+
+    def decoder(self) -> MachineDecoder:
+        """As `LanguageModel.decoder`."""
+        return MachineDecoder(self.initial, self.advance, self.next_log_probs)
+
+    def decode(self, sequences: Sequences) -> list[str]:
+        """As the prior does."""
+        return self.prior.decode(sequences)
+
+    def ended(self, ids: Tensor, step: int) -> Tensor:
+        """As the prior says."""
+        return self.prior.ended(ids, step)
+
+    def with_contexts(self, contexts: Sequence[Any]) -> NoReturn:
+        """A posterior belongs to its contexts: its normalisers Z(c) were computed for them.
+
+        Raises
+        ------
+        ContextError
+            Always.
+        """
+        raise ContextError(
+            f"{type(self).__name__} was computed for {self.num_contexts} context(s) and has no others; declare "
+            "`model | contexts` and run Exact on that"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64."""
+        return torch.float64
+
+    @property
+    def device(self) -> torch.device:
+        """The prior's."""
+        return self.prior.device
+
+    def bytes_per_row(self, num_tokens: int) -> int:
+        """As `LanguageModel.bytes_per_row`: history of states, and float64 scores with what sampling makes of them."""
+        return 8 * (2 * num_tokens + 6 * max(self.vocab_size, 256))

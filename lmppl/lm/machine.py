@@ -1,0 +1,82 @@
+"""The decoder of a language model that is a finite machine: a forward is one look-up of each row's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmppl.lm.base import Step
+
+__all__ = ["MachineDecoder", "MachineRows"]
+
+
+class MachineRows(NamedTuple):
+    """B rows: `history` (B, W) holds the machine's states before and after each token, `lengths` (B,) counts tokens.
+
+    Rows are right-aligned; columns further left than a row's start repeat its start state.
+    """
+
+    history: Tensor
+    lengths: Tensor
+
+
+class MachineDecoder:
+    """The `Decoder` of a machine; its rows keep all the states they went through, so that they can be cropped.
+
+    Parameters
+    ----------
+    initial : Tensor (C,), int64
+        The state of each context before its first token.
+    advance : callable
+        States (M,) and tokens (M,) to the states after them (M,).
+    scores : callable
+        States (M,) to unnormalised log-probabilities (M, V) of the next token.
+    """
+
+    capabilities = frozenset({"crop", "ragged", "chunk"})
+
+    def __init__(
+        self,
+        initial: Tensor,
+        advance: Callable[[Tensor, Tensor], Tensor],
+        scores: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.initial, self.advance, self.scores = initial, advance, scores
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.scores(hidden[:, 0])
+
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, MachineRows]:
+        """As `Decoder.prefill`."""
+        rows = MachineRows(self.initial[context][:, None], torch.zeros_like(context))
+        if prefix is not None and prefix.shape[1] > 0:
+            _, rows = self.extend(rows, prefix)
+            if lengths is not None:
+                rows = self.crop(rows, lengths)
+        return Step(self._project, rows.history[:, -1:, None]), rows
+
+    def extend(self, state: MachineRows, tokens: Tensor, *, grad: bool = False) -> tuple[Step, MachineRows]:
+        """As `Decoder.extend`; tables have no gradient."""
+        states = [state.history[:, -1]]
+        for column in tokens.unbind(1):
+            states.append(self.advance(states[-1], column))
+        new = torch.stack(states[1:], 1)
+        rows = MachineRows(torch.cat([state.history, new], 1), state.lengths + tokens.shape[1])
+        return Step(self._project, new[:, :, None]), rows
+
+    def crop(self, state: MachineRows, lengths: Tensor) -> MachineRows:
+        """As `Decoder.crop`."""
+        width = int(lengths.max()) + 1
+        # Column w of the new history is the state after lengths − (width − 1 − w) tokens, at the latest the start.
+        tokens = (lengths[:, None] + 1 - width + torch.arange(width, device=lengths.device)).clamp_min(0)
+        columns = state.history.shape[1] - 1 - state.lengths[:, None] + tokens
+        return MachineRows(state.history.gather(1, columns), lengths.clone())
+
+    def select(self, state: MachineRows, index: Tensor) -> MachineRows:
+        """As `Decoder.select`."""
+        return MachineRows(state.history[index], state.lengths[index])

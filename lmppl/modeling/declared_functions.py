@@ -1,0 +1,169 @@
+"""User functions as features: what a function is called, and whether it can be called with a list of texts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from lmppl.errors import ModelError
+from lmppl.modeling.factors import Feature, FeatureInput
+
+__all__ = ["LabelScore", "function_name", "qualified_name", "to_feature"]
+
+
+def function_name(fn: Callable[..., Any]) -> str | None:
+    """How `fn` calls itself; None for a lambda."""
+    if isinstance(fn, LabelScore):
+        return fn.label
+    if isinstance(fn, functools.partial):
+        return function_name(fn.func)
+    name = getattr(fn, "__name__", None) or type(fn).__name__
+    return None if name == "<lambda>" else str(name)
+
+
+def qualified_name(fn: Callable[..., Any]) -> str:
+    """`module:qualname` of a function, for hashing and serialisation.
+
+    Lambdas and functions inside functions share their names, so that a digest of the compiled code is
+    appended; values that such a function closes over are not in it (use `Feature.fingerprint` to tell those
+    apart).
+    """
+    if isinstance(fn, LabelScore):
+        return f"{qualified_name(fn.pipeline)}[{fn.label}]"
+    if isinstance(fn, functools.partial):
+        bound = [*map(repr, fn.args), *(f"{name}={value!r}" for name, value in sorted(fn.keywords.items()))]
+        return f"{qualified_name(fn.func)}({', '.join(bound)})"
+    owner = fn if hasattr(fn, "__qualname__") else type(fn)
+    name = f"{owner.__module__}:{owner.__qualname__}"
+    code = getattr(fn, "__code__", None)
+    return f"{name}@{_digest(code)}" if code is not None and "<" in name else name
+
+
+def _digest(code: CodeType) -> str:
+    inner = [_digest(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    parts = (code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, inner)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """The score of one label, from a `transformers` text-classification pipeline.
+
+    Parameters
+    ----------
+    pipeline : callable
+        list of texts → for each a dict {"label", "score"}, or a list of them.
+    label : str
+        The label whose score is wanted.
+    """
+
+    pipeline: Callable[..., Any]
+    label: str
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        # A pipeline reports its best label only, unless it is asked for all of them.
+        asked = {"top_k": None} if hasattr(self.pipeline, "task") else {}
+        results = self.pipeline(texts, **asked)
+        return [self._score(item) for item in results]
+
+    def _score(self, item: Any) -> float:
+        scores = {one["label"]: float(one["score"]) for one in ([item] if isinstance(item, Mapping) else item)}
+        if self.label not in scores:
+            raise ModelError(f"label {self.label!r} is not among the labels that came back: {sorted(scores)}")
+        return scores[self.label]
+
+
+def to_feature(
+    fn: Callable[..., Any] | Feature,
+    *,
+    kind: str,
+    name: str | None = None,
+    on: FeatureInput = "text",
+    stochastic: bool = False,
+    fingerprint: str | None = None,
+    label: str | None = None,
+) -> Feature:
+    """The feature of a function; a `Feature` is passed through.
+
+    Parameters
+    ----------
+    fn : callable or Feature
+        See `Feature.fn`.
+    kind : str
+        The declaration that asks ("Reward"), for messages.
+    name : str, optional
+        What a lambda is called; by default "reward" for a `Reward`.
+    on, stochastic, fingerprint
+        As in `Feature`.
+    label : str, optional
+        For a text-classification pipeline: the label whose score is meant.
+
+    Raises
+    ------
+    ModelError
+        Where `fn` is no function of one list of texts, or options contradict a given `Feature`.
+    """
+    if isinstance(fn, Feature):
+        if (on, stochastic, fingerprint, label) != ("text", False, None, None):
+            raise ModelError(f"{kind}: got a Feature together with its options; set them in the Feature")
+        return fn
+    if not callable(fn):
+        raise ModelError(f"{kind}: got {type(fn).__name__}, expected a function of a list of texts")
+    if hasattr(fn, "config") and hasattr(fn, "forward"):
+        raise ModelError(
+            f"{kind}: got the network {type(fn).__name__}, expected a function of a list of texts; "
+            "a sequence classifier becomes one by Reward.from_pretrained(model, tokenizer)"
+        )
+    if hasattr(fn, "log_prob"):
+        raise ModelError(f"{kind}: got the distribution {type(fn).__name__}, expected a function of a list of texts")
+    if on not in ("text", "full", "ids", "hidden"):
+        raise ModelError(f"{kind}: got on={on!r}, expected 'text', 'full', 'ids' or 'hidden'")
+    if label is not None:
+        fn = LabelScore(fn, label)
+    feature = Feature(function_name(fn) or name or kind.lower(), fn, on, stochastic, fingerprint)
+    _check_signature(feature, kind)
+    try:
+        hash(fn)
+    except TypeError as error:
+        raise ModelError(
+            f"{kind}: {feature.name} cannot be hashed, so that factors could not share it; "
+            "a dataclass becomes hashable with @dataclass(eq=False)"
+        ) from error
+    return feature
+
+
+def _check_signature(feature: Feature, kind: str) -> None:
+    if feature.reads_prompts:
+        needed = [
+            p.name
+            for p in inspect.signature(feature.fn).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        unknown = [name for name in needed if name not in ("prompts", "completions", "completion_ids")]
+        if unknown:
+            raise ModelError(
+                f"{kind}: {feature.name} needs {', '.join(unknown)} besides prompts and completions; "
+                f"bind it: functools.partial({feature.name}, {unknown[0]}=...)"
+            )
+        if feature.on != "text":
+            raise ModelError(
+                f"{kind}: {feature.name} takes prompts and completions, which contradicts on={feature.on!r}; "
+                "leave on= out"
+            )
+        return
+    try:
+        signature = inspect.signature(feature.fn)
+    except (TypeError, ValueError):  # builtins have no signature
+        return
+    try:
+        signature.bind([])
+    except TypeError as error:
+        raise ModelError(
+            f"{kind}: {feature.name}{signature} cannot be called with one list of texts ({error}); "
+            "bind the other arguments with functools.partial"
+        ) from error

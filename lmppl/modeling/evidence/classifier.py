@@ -1,0 +1,120 @@
+"""A `transformers` sequence classifier as a function of texts, batched on its device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError
+
+__all__ = ["SequenceClassifier"]
+
+
+class SequenceClassifier:
+    """texts → logits or log-probabilities of one output, (B,) float64.
+
+    One output: the logit, or log σ(logit) if `log_prob`. Several: log softmax(logits)[label], or log
+    σ(logit[label]) where the model's `problem_type` is multi-label.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A `...ForSequenceClassification` in evaluation mode, and what it reads with; neither is changed.
+    label : str, optional
+        The output that is meant, by its name in `model.config.id2label`.
+    log_prob : bool
+        See above.
+    batch_size : int
+        Texts in one forward; texts of similar length go together.
+    max_length : int, optional
+        Cut texts to this many tokens; if None, a text that is too long is an error.
+
+    Raises
+    ------
+    ModelError
+        See `Reward.from_pretrained`; when called, for texts that are too long or that have no token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        label: str | None = None,
+        log_prob: bool = False,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "num_labels", None) is None or not callable(model):
+            raise ModelError(
+                f"Reward.from_pretrained: got {type(model).__name__}, expected a name, a path or a "
+                "transformers sequence-classification model"
+            )
+        if not callable(tokenizer):
+            raise ModelError("Reward.from_pretrained: a loaded model needs its tokenizer=")
+        if getattr(model, "training", False):
+            raise ModelError("Reward.from_pretrained: the model is in training mode (dropout is on); call model.eval()")
+        if tokenizer.pad_token_id is None or (batch_size > 1 and config.pad_token_id is None):
+            raise ModelError(
+                "Reward.from_pretrained: no padding token; load model and tokenizer yourself and set "
+                "tokenizer.pad_token and model.config.pad_token_id"
+            )
+        if batch_size < 1:
+            raise ModelError(f"Reward.from_pretrained: got batch_size={batch_size}, expected at least 1")
+        self.model, self.tokenizer, self.label = model, tokenizer, label
+        self.batch_size, self.max_length = batch_size, max_length
+        self.column = _column_of(config, label)
+        self.is_multi_label = config.problem_type == "multi_label_classification"
+        self.is_log_prob = config.problem_type != "regression" and (log_prob or config.num_labels > 1)
+        limits = (
+            getattr(config, "max_position_embeddings", None),
+            getattr(tokenizer, "model_max_length", None),
+        )
+        self.longest = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+        self.__name__ = label or type(model).__name__
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        values = torch.empty(len(texts), dtype=torch.float64)
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            values[rows] = self._forward([texts[i] for i in rows])
+        return values
+
+    @torch.no_grad()
+    def _forward(self, texts: list[str]) -> Tensor:
+        options = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", **options)
+        lengths = batch["attention_mask"].sum(-1)
+        if int(lengths.min()) == 0:
+            raise ModelError(
+                "the tokenizer reads an empty text as no token; use on='full' or a tokenizer that adds one"
+            )
+        if self.longest is not None and int(lengths.max()) > self.longest:
+            raise ModelError(
+                f"a text has {int(lengths.max())} tokens, more than the {self.longest} that the model reads; "
+                "cut texts with max_length=, or lower the prior's max_new_tokens"
+            )
+        logits = self.model(**batch.to(self.model.device)).logits.double().cpu()
+        if not self.is_log_prob:
+            column: Tensor = logits[:, self.column]
+        elif logits.shape[1] == 1 or self.is_multi_label:
+            column = torch.nn.functional.logsigmoid(logits[:, self.column])
+        else:
+            column = torch.log_softmax(logits, -1)[:, self.column]
+        return column
+
+
+def _column_of(config: Any, label: str | None) -> int:
+    labels = {str(name): int(i) for i, name in config.id2label.items()}
+    if config.num_labels == 1:
+        if label is not None and label not in labels:
+            raise ModelError(
+                f"Reward.from_pretrained: got label={label!r}, but the model has the one output {list(labels)}"
+            )
+        return 0
+    if label not in labels:
+        raise ModelError(f"Reward.from_pretrained: got label={label!r}, expected one of the model's {list(labels)}")
+    return labels[label]

@@ -1,0 +1,10 @@
+"""Draws on disk, whole or not at all: `.jsonl` for people, `.safetensors` to the bit, `.parquet` for tables.
+
+There is no pickle. Texts are stored as they were decoded, so that loading needs no language model.
+"""
+
+from lmppl.storage.files import atomic_write, versions
+from lmppl.storage.formats import load_draws, save_draws
+from lmppl.storage.frames import to_arrow, to_dataset, to_pandas
+
+__all__ = ["atomic_write", "load_draws", "save_draws", "to_arrow", "to_dataset", "to_pandas", "versions"]
