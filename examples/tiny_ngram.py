@@ -20,7 +20,7 @@ class KneserNey:
             counts.update(tuple(padded[i : i + order]) for i in range(len(padded) - order + 1))
         self.levels = []
         for _ in range(order):
-            seen = Counter(min(count, 4) for count in counts.values())
+            seen = Counter(counts.values())
             y = seen[1] / max(1, seen[1] + 2 * seen[2])
             discount = [0.0] + [max(0.0, k - (k + 1) * y * seen[k + 1] / max(1, seen[k])) for k in (1, 2, 3)]
             total: defaultdict[tuple[int, ...], float] = defaultdict(float)

@@ -1,7 +1,7 @@
 """Enumerable language models for every test: V ≤ 5, T ≤ 4, float64, EOS and cap, two contexts of different length.
 
-Each identity is checked on an explicit table and, through the real decoder, on a random Llama and on a random Mistral with
-a sliding window. `brute_force` writes out every outcome with itertools, and knows nothing of the enumeration in lmppl.
+Each identity is checked on an explicit table and, through the real decoder, on a random Llama and on a random Mistral
+with a sliding window. `brute_force` writes out every outcome with itertools, and knows nothing of lmppl's enumeration.
 """
 
 from __future__ import annotations

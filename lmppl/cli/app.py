@@ -34,7 +34,9 @@ app = typer.Typer(
 )
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)]
-NumDraws = Annotated[int | None, typer.Option("--num-draws", "-n", min=1, help="Draws per context; by default the engine's.")]
+NumDraws = Annotated[
+    int | None, typer.Option("--num-draws", "-n", min=1, help="Draws per context; by default the engine's.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed and plan give the same draws.")]
 Tokens = Annotated[int | None, typer.Option("--budget-tokens", min=1, help="Stop after so many LM tokens.")]
 Seconds = Annotated[float | None, typer.Option("--budget-seconds", min=0.0, help="Stop after so many seconds.")]
@@ -51,9 +53,9 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from lmppl import __version__
 
-        typer.echo(f"lmppl {version('lmppl')}")
+        typer.echo(f"lmppl {__version__}")
         raise typer.Exit
 
 
@@ -100,7 +102,9 @@ def check(
 @app.command(epilog=EXIT_CODES)
 def infer(
     spec: SpecArgument,
-    engine: Annotated[str | None, typer.Option("--engine", "-e", help=f"{ENGINE_HELP} By default the first that can run.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", "-e", help=f"{ENGINE_HELP} By default the first that can run.")
+    ] = None,
     num_draws: NumDraws = None,
     seed: Seed = 0,
     budget_tokens: Tokens = None,
@@ -114,13 +118,14 @@ def infer(
     """Run one engine on a declaration, and save its draws."""
     with exit_codes(), results_on(as_json) as stdout:
         from lmppl.cli.reporting import check_folder, print_run, run_as_dict
-        from lmppl.cli.spec import load_spec
+        from lmppl.cli.spec import add_import_folders, load_spec
         from lmppl.inference.engine import infer as run
         from lmppl.inference.resolve import parse_engine
 
         check_folder(out)
-        loaded = load_spec(spec)
+        add_import_folders(spec)
         chosen = None if engine is None else parse_engine(engine)
+        loaded = load_spec(spec)
         budget = _budget(budget_tokens, budget_seconds)
         result = run(loaded.model, chosen, num_draws, budget=budget, seed=seed, progress=progress)
         if out is not None:
@@ -143,7 +148,9 @@ def compare(
     spec: SpecArgument,
     engines: Annotated[
         str | None,
-        typer.Option(help=f"Separated by commas. {ENGINE_HELP} By default the spec's list `engines`, else every engine."),
+        typer.Option(
+            help=f"Separated by commas. {ENGINE_HELP} By default the spec's list `engines`, else every engine."
+        ),
     ] = None,
     num_draws: NumDraws = None,
     repeats: Annotated[int, typer.Option(min=1, help="Independent runs of each engine.")] = 1,
@@ -157,13 +164,15 @@ def compare(
     """Run several engines on one declaration, and say how well each approximates the same posterior."""
     with exit_codes(), results_on(as_json) as stdout:
         from rich.console import Console
+        from rich.text import Text
 
         from lmppl.cli.reporting import check_folder
-        from lmppl.cli.spec import load_spec
+        from lmppl.cli.spec import add_import_folders, load_spec
         from lmppl.comparison import compare as run
         from lmppl.inference.resolve import ENGINES, parse_engine, split_engines
 
         check_folder(out, (".json", ".csv", ".md"))
+        add_import_folders(spec)
         listed = None if engines is None else [parse_engine(piece) for piece in split_engines(engines)]
         loaded = load_spec(spec)
         chosen = listed or loaded.engines or tuple(kind() for kind in ENGINES)
@@ -176,7 +185,9 @@ def compare(
         if as_json:
             _write_json(result.as_dict(), stdout)
         else:
-            Console(highlight=False).print(result)
+            console = Console(highlight=False)
+            console.print(Text(result.formula, style="bold"))
+            console.print(result)
         if out is not None:
             say(f"Saved to {out}.")
         if result.interrupted:

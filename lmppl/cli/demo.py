@@ -45,11 +45,13 @@ def run_demo(seed: int, progress: bool | None) -> None:
     console.print(Text(PROGRAM, style="cyan"), soft_wrap=True)
     console.print()
     console.print(Text(model.formula, style="bold"))
-    console.print(Text("sentiment counts words of praise and blame, from -1 to 1; is_sentence asks for a full stop.", style="dim"))
+    console.print(
+        Text("sentiment counts words of praise and blame, from -1 to 1; is_sentence asks for a full stop.", style="dim")
+    )
     engines: Sequence[Engine] = [Rejection(), Importance(), BestOfN(n=8), Exact()]
     result = compare(model, engines, num_draws=NUM_DRAWS, seed=seed, progress=progress)
     console.print()
-    if "rejection" in result.approximations and result.approximations["rejection"]:
+    if result.approximations.get("rejection"):
         before, after = result.approximations["prior"][0].draws, result.approximations["rejection"][0].draws
         console.print(_side_by_side(before, after, console.width))
     console.print(result)
@@ -85,9 +87,11 @@ def summary(result: Comparison) -> str:
     before, after, kept = prior[mean].value or 0.0, exact[mean].value or 0.0, prior[holds].value or 0.0
     gap = abs((exact["log_z"].value or 0.0) - (weighted["log_z"].value or 0.0))
     noise = math.hypot(exact["log_z"].error or 0.0, weighted["log_z"].error or 0.0)
-    agree = f"agree on log Z within {gap / noise:.1f} standard errors" if noise and gap < 3 * noise else "disagree on log Z"
+    agree = (
+        f"agree on log Z within {gap / noise:.1f} standard errors" if noise and gap < 3 * noise else "disagree on log Z"
+    )
     return (
-        f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of sentences from "
-        f"{kept:.0%} to 100 %; rejection and importance {agree}; best-of-8, a heuristic, has its own mean, "
+        f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of sentences "
+        f"from {kept:.0%} to 100 %; rejection and importance {agree}; best-of-8, a heuristic, has its own mean, "
         f"{best[mean].value or 0.0:+.2f}."
     )

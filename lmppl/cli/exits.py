@@ -26,8 +26,8 @@ def say(message: str, style: str = "") -> None:
 def exit_codes() -> Iterator[None]:
     """Turn lmppl's errors into a message and an exit code.
 
-    2 usage, spec file or declaration; 3 the engine cannot run; 4 no outcome satisfies the evidence; 5 interrupted; 1 any other
-    error that lmppl raises on purpose. Errors of other kinds are bugs and keep their traceback.
+    2 usage, spec file or declaration; 3 the engine cannot run; 4 no outcome satisfies the evidence; 5 interrupted; 1
+    any other error that lmppl raises on purpose. Errors of other kinds are bugs and keep their traceback.
     """
     from lmppl.errors import InfeasibleModel, InterruptedRun, LmpplError, ModelError, UnsupportedModel
 
@@ -38,7 +38,12 @@ def exit_codes() -> Iterator[None]:
             say("interrupted: nothing was finished, nothing is kept", "yellow")
             raise typer.Exit(INTERRUPTED) from None
         except LmpplError as error:
-            kinds = ((InterruptedRun, INTERRUPTED), (UnsupportedModel, UNSUPPORTED), (InfeasibleModel, INFEASIBLE), (ModelError, USAGE))
+            kinds = (
+                (InterruptedRun, INTERRUPTED),
+                (UnsupportedModel, UNSUPPORTED),
+                (InfeasibleModel, INFEASIBLE),
+                (ModelError, USAGE),
+            )
             code = next((number for kind, number in kinds if isinstance(error, kind)), FAILED)
             message = Text("error ", style="bold red")
             message.append(str(error), style="not bold default")

@@ -83,9 +83,7 @@ def print_run(result: Approximation, out: Path | None) -> None:
         facts.add_row(name, _log_z(result, c))
     facts.add_row("draws", f"{len(draws):,}" + (f" → {out}" if out is not None else ""))
     cost = result.cost
-    facts.add_row(
-        "cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s"
-    )
+    facts.add_row("cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s")
     console.print(facts)
     console.print()
     console.print(Text("Some draws of the posterior" if _has_weights(draws) else "Some draws", style="bold"))
@@ -93,7 +91,7 @@ def print_run(result: Approximation, out: Path | None) -> None:
     sample = draws.resample(SHOWN, generator=generator) if _has_weights(draws) else _first(draws)
     for context, text in zip(sample.context.tolist(), sample.text, strict=True):
         line = Text(f"  {one_line(draws.prompts[context])}", style="dim")
-        line.append(one_line(text), style="not dim")
+        line.append(one_line(text) or "(the empty text)", style="not dim" if text else "italic")
         console.print(line, overflow="ellipsis", no_wrap=True)
 
 

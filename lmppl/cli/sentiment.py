@@ -6,20 +6,33 @@ import re
 
 __all__ = ["is_sentence", "sentiment"]
 
-PRAISE = frozenset(
-    "admired adored amazing beautiful believe best brilliant charm charming clever delight delightful elegant enjoyed "
-    "enjoyable excellent exciting fantastic fascinating favorite favorites fresh friendly fun funny gladly good great "
-    "gripping happy heart honest hopeful incredible interesting inspiring joy joyful laugh laughed liked love loved lovely "
-    "masterpiece moving nice perfect perfectly pleasure powerful recommend smart smile strong success superb surprise "
-    "sweet tender thoughtful touching treat warm wonderful young".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PRAISE = _words(
+    """
+    admired adored amazing beautiful believe best brilliant charm charming clever delight delightful elegant
+    enjoyed enjoyable excellent exciting fantastic fascinating favorite favorites fresh friendly fun funny gladly
+    good great gripping happy heart honest hopeful incredible interesting inspiring joy joyful laugh laughed liked
+    love loved lovely masterpiece moving nice perfect perfectly pleasure powerful recommend smart smile strong
+    success superb surprise sweet tender thoughtful touching treat warm wonderful young
+    """
 )
-BLAME = frozenset(
-    "angry annoying argued asleep awful bad bored boredom bore boring cheap cold confused confusing cruel depressing dirty "
-    "disappointed disappointing disappointment disaster disliked dreadful dull empty fake hate hated headache horrible "
-    "insult lazy lost mess miserable noisy painful pathetic poor predictable ridiculous rude sad sick silly slow stupid "
-    "tedious terrible ugly violent walked warn warned waste weak worry worst wrong".split()
+BLAME = _words(
+    """
+    angry annoying argued asleep awful bad bored boredom bore boring cheap cold confused confusing cruel
+    depressing dirty disappointed disappointing disappointment disaster disliked dreadful dull empty fake hate
+    hated headache horrible insult lazy lost mess miserable noisy painful pathetic poor predictable ridiculous
+    rude sad sick silly slow stupid tedious terrible ugly violent walked warn warned waste weak worry worst wrong
+    """
 )
-NEGATION = frozenset("not no never nothing nobody hardly without n't cannot don't didn't wasn't isn't couldn't".split())
+NEGATION = _words(
+    """
+    not no never nothing nobody hardly without n't cannot don't didn't wasn't isn't couldn't
+    """
+)
 
 
 def sentiment(texts: list[str]) -> list[float]:

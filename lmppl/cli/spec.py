@@ -1,7 +1,7 @@
 """Spec files: a Python file that builds a model, loaded for the command line.
 
-The file is run as a script is: its folder is on the import path, and `__file__` is set. What it prints goes to stderr, so
-that stdout carries results only.
+The file is run as a script is: its folder is on the import path, and `__file__` is set. What it prints goes to
+stderr, so that stdout carries results only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmppl.errors import SpecError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
 
-__all__ = ["Spec", "load_spec"]
+__all__ = ["Spec", "add_import_folders", "load_spec"]
 
 MODULE = "lmppl_spec"
 
@@ -48,8 +48,8 @@ class Spec:
 def load_spec(text: str) -> Spec:
     """The model of `SPEC.py` or `SPEC.py:name`.
 
-    Without a name it is the variable `model`, or the only `Model` of the file. A bare language model counts as the model
-    without evidence where it is named or called `model`.
+    Without a name it is the variable `model`, or the only `Model` of the file. A bare language model counts as the
+    model without evidence where it is named or called `model`.
 
     Raises
     ------
@@ -69,9 +69,17 @@ def load_spec(text: str) -> Spec:
         value = Model(value)
     if not isinstance(value, Model):
         raise SpecError(
-            f"{path}: {chosen} is of type {type(value).__name__}, expected a model: prior * factor; {_candidates(module)}"
+            f"{path}: {chosen} is of type {type(value).__name__}, expected a model, prior * factor; "
+            f"{_candidates(module)}"
         )
     return Spec(path, chosen, value, _engines(module, path))
+
+
+def add_import_folders(text: str) -> None:
+    """Put the folder of the spec file, and the working folder, on the import path, as running a script would."""
+    for folder in (Path.cwd(), _split(text)[0].resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
 
 
 def _split(text: str) -> tuple[Path, str]:
@@ -95,9 +103,7 @@ def _require_file(path: Path) -> None:
 def _run(path: Path) -> ModuleType:
     module = ModuleType(MODULE)
     module.__file__ = str(path)
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    add_import_folders(str(path))
     sys.modules[MODULE] = module  # dataclasses and pickle look a class up by its module
     try:
         code = compile(path.read_bytes(), str(path), "exec")
@@ -117,7 +123,9 @@ def _at_its_line(path: Path) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise SpecError(f"{path}: it called sys.exit({error.code!r}); a spec file builds a model and returns") from error
+        raise SpecError(
+            f"{path}: it called sys.exit({error.code!r}); a spec file builds a model and returns"
+        ) from error
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f", line {frames[-1].lineno}, in {frames[-1].name}\n    {frames[-1].line}" if frames else ""
@@ -144,12 +152,15 @@ def _candidates(module: ModuleType) -> str:
         return f"it has {', '.join(models)}: write SPEC.py:{models[0]}"
     priors = [k for k, v in vars(module).items() if isinstance(v, LanguageModel) and not k.startswith("_")]
     if priors:
-        return f"it has no Model, only the language model {priors[0]}: write SPEC.py:{priors[0]}, or multiply it by factors"
+        name = priors[0]
+        return f"it has no Model, only the language model {name}: write SPEC.py:{name}, or multiply it by factors"
     return "it has none; write model = prior * factor"
 
 
 def _engines(module: ModuleType, path: Path) -> tuple[Any, ...]:
     listed = getattr(module, "engines", ())
     if not isinstance(listed, list | tuple):
-        raise SpecError(f"{path}: `engines` is of type {type(listed).__name__}, expected a list of engines or of their names")
+        raise SpecError(
+            f"{path}: `engines` is of type {type(listed).__name__}, expected a list of engines or of their names"
+        )
     return tuple(listed)

@@ -3,8 +3,8 @@
 With a table of π* and a scorer of q the figures are exact. Otherwise they come from draws, with w = γ/q:
 
 - KL(q‖π*) = log Z − E_q[log w]; ∞ as soon as a draw of q has γ = 0.
-- KL(π*‖q) = E_π*[log w] − log Z over the reference's draws, which see modes that q misses; without them Σ w̄ log(N w̄) over
-  the row's own, which never exceeds log N and is blind to missed modes.
+- KL(π*‖q) = E_π*[log w] − log Z over the reference's draws, which see modes that q misses; without them Σ w̄ log(N
+  w̄) over the row's own, which never exceeds log N and is blind to missed modes.
 - TV = E_q[(1 − w/Z)₊].
 
 log Z is the reference's; without a reference it is the row's own estimate, too small where its draws miss mass.
@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmppl.comparison.figures import Figure, missing
+from lmppl.comparison.figures import Figure, Relation, missing
 from lmppl.comparison.laws import NO_WEIGHTS, Law, log_ratios
 from lmppl.comparison.reference import Reference
 from lmppl.diagnostics import (
@@ -35,8 +35,9 @@ from lmppl.modeling.target import log_evidence
 
 __all__ = ["closeness", "expected_total_variation"]
 
-OWN_LOG_Z = "log Z is the row's own estimate: too small where its draws miss mass"
+OWN_LOG_Z = "with log Z from weighted draws: too small where they miss mass"
 UNKNOWN_DENSITY = "log q of its draws is not known"
+OUTSIDE = "some draws of q have γ = 0"
 TABLE = "a table of all outcomes, not draws"
 BY_CONSTRUCTION = "0 by construction: its draws are from π*"
 ROUNDING = 1e-4  # how far float32 log-probabilities of a table are from summing to 1
@@ -86,17 +87,19 @@ def _from_draws(law: Law, reference: Reference | None, context: int, log_q: Tens
     log_w = _log_weights(law, context)
     log_z, log_z_error, biased = _log_z(law, reference, context)
     lower = elbo(log_w)
-    relation = "≈" if biased else "="
+    relation: Relation = "≈" if biased else "="
     note = OWN_LOG_Z if biased else ""
     infinite = float(lower.value) == -math.inf
     reverse = Figure(
         math.inf if infinite else log_z - float(lower.value),
         None if infinite else _root(lower.standard_error, log_z_error),
         relation="=" if infinite else relation,
-        note=lower.note if infinite else note,
+        note=OUTSIDE if infinite else note,
     )
     short = total_variation_from_weights(log_w, log_z) if len(log_w) > 1 else None
-    tv = missing("one draw") if short is None else Figure(float(short.value), _number(short.standard_error), None, relation, note=note)
+    tv = missing("one draw")
+    if short is not None:
+        tv = Figure(float(short.value), _number(short.standard_error), None, relation, note=note)
     share = float(zero_weight_share(log_w))
     return {
         "kl_reverse": reverse,
@@ -135,7 +138,7 @@ def _without_density(law: Law, reference: Reference | None, context: int) -> dic
     figures["zero"] = Figure(share, math.sqrt(share * (1 - share) / len(evidence)))
     bound = law.kl_to_prior_bound
     if share > 0:
-        figures["kl_reverse"] = Figure(math.inf, note="some of its draws have γ = 0")
+        figures["kl_reverse"] = Figure(math.inf, note=OUTSIDE)
     elif bound is not None and reference is not None:
         spent = float(evidence.std()) / math.sqrt(len(evidence)) if len(evidence) > 1 else None
         error = None if spent is None else math.hypot(spent, float(reference.log_z_error[context]))

@@ -64,29 +64,32 @@ def compare(
     Each row speaks about one law q, the law of one *unweighted* draw, and the table names it:
 
     - an exact engine: q = π*, so that both divergences are 0 by construction;
-    - an engine whose draws carry weights w = γ/q (importance sampling): the divergences are those of its proposal q, before
-      weighting. Its log Z, means and KL to the prior are estimates under π*, corrected by the weights, and ESS and k̂ say how
-      far the correction can be trusted;
+    - an engine whose draws carry weights w = γ/q (importance sampling): the divergences are those of its proposal q,
+      before weighting. Its log Z, means and KL to the prior are estimates under π*, corrected by the weights, and
+      ESS and k̂ say how far the correction can be trusted;
     - a language model: q itself, taken as it is; the weights γ/q only measure it. To correct it instead, pass
       `Importance(proposal=q)`. The prior is always the first row;
-    - a heuristic: its own law; best-of-n has the bound KL(q‖π0) ≤ log n − (n−1)/n, and its exact law where π* is a table.
+    - a heuristic: its own law; best-of-n has the bound KL(q‖π0) ≤ log n − (n−1)/n, and its exact law where π* is a
+      table.
 
-    Columns, in nats: log Z with its 95 % interval; KL of the row's law to π0; the mean of every raw feature and the share
-    that satisfies every hard constraint; KL(q‖π*) = log Z − E_q[log w], ∞ where q can violate a hard constraint;
-    KL(π*‖q) = E_π*[log w] − log Z over exact draws of the reference, which alone see missed modes; TV = E_q[(1 − w/Z)₊];
-    Pr_q(γ = 0); ESS = (Σw)²/Σw²; Pareto k̂. Where π* is a table the divergences are exact, and the TV of the draws' weighted
-    empirical law stands beside the expected TV of as many exact draws. Then the cost. A figure that cannot be computed is
-    "—", with the reason below the table. With several contexts figures are averaged over them; `per_context` has each.
+    Columns, in nats: log Z with its 95 % interval; KL of the row's law to π0; the mean of every raw feature and the
+    share that satisfies every hard constraint; KL(q‖π*) = log Z − E_q[log w], ∞ where q can violate a hard constraint;
+    KL(π*‖q) = E_π*[log w] − log Z over exact draws of the reference, which alone see missed modes; TV = E_q[(1 −
+    w/Z)₊]; Pr_q(γ = 0); ESS = (Σw)²/Σw²; Pareto k̂. Where π* is a table the divergences are exact, and the TV of the
+    draws' weighted empirical law stands beside the expected TV of as many exact draws. Then the cost. A figure that
+    cannot be computed is "—", with the reason below the table. With several contexts figures are averaged over them;
+    `per_context` has each.
 
     Parameters
     ----------
     model : Model or LanguageModel
         The declaration.
     engines : sequence or mapping
-        Engines, their names, language models, and approximations of this model already computed; a mapping gives the labels.
+        Engines, their names, language models, and approximations of this model already computed; a mapping gives the
+        labels.
     reference : Approximation, optional
-        What provides π*. By default `Exact` where π* has at most 20,000 outcomes or is a finite machine; else the first exact
-        engine among `engines`; else none, and each row uses its own estimate of log Z.
+        What provides π*. By default `Exact` where π* has at most 20,000 outcomes or is a finite machine; else the
+        first exact engine among `engines`; else none, and each row uses its own estimate of log Z.
     repeats : int
         Independent runs of each engine, with seeds `seed`, `seed` + 1, ...; means, and the spread between runs.
     budget : Budget, optional
@@ -100,7 +103,8 @@ def compare(
     Returns
     -------
     Comparison
-        An engine that cannot run, or fails, keeps a row with its reason. After Ctrl-C the finished rows, marked interrupted.
+        An engine that cannot run, or fails, keeps a row with its reason. After Ctrl-C the finished rows, marked
+        interrupted.
 
     Raises
     ------
@@ -179,7 +183,8 @@ def _label(entrant: Engine | LanguageModel | Approximation) -> str:
 def _require_same_model(approximation: Approximation, model: Model) -> None:
     if approximation.model is not None and approximation.model.spec_hash != model.spec_hash:
         raise ModelError(
-            f"engines: {approximation!r} is of another declaration, {approximation.model.formula}; expected {model.formula}"
+            f"engines: {approximation!r} is of another declaration, {approximation.model.formula}, expected "
+            f"{model.formula}"
         )
 
 
@@ -244,9 +249,7 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
         return Row(run.label, guarantee, "", {}, repeats=0, reason=run.reason), []
     laws = [run.law(a) for a in run.done]
     contexts = range(model.prior.num_contexts)
-    table = [
-        [closeness(law, reference, c) | summaries(law, reference, model, c) for c in contexts] for law in laws
-    ]
+    table = [[closeness(law, reference, c) | summaries(law, reference, model, c) for c in contexts] for law in laws]
     by_repeat = [_combine(row, average) for row in table]
     guarantee = "as is" if laws[0].kind == "policy" else run.done[0].guarantee.value
     status = "interrupted" if any(a.status == "interrupted" for a in run.done) else "complete"
@@ -260,9 +263,7 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
     return row, details
 
 
-def _combine(
-    parts: Sequence[dict[str, Figure]], how: Callable[[Sequence[Figure]], Figure]
-) -> dict[str, Figure]:
+def _combine(parts: Sequence[dict[str, Figure]], how: Callable[[Sequence[Figure]], Figure]) -> dict[str, Figure]:
     """Column by column."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     return {name: how([part.get(name, missing("not in every part")) for part in parts]) for name in names}
@@ -277,7 +278,7 @@ def _over_repeats(figures: Sequence[Figure]) -> Figure:
 
 
 def _cost(approximation: Approximation, contexts: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
-    """What one run spent, and its LM tokens for each effective draw."""
+    """What one run spent, its draws per context, and its LM tokens for each effective draw."""
     cost = {name: Figure(float(value)) for name, value in approximation.cost.as_dict().items()}
     effective = [f["ess"].value for f in contexts]
     total = sum(v for v in effective if v is not None)
@@ -285,4 +286,5 @@ def _cost(approximation: Approximation, contexts: Sequence[dict[str, Figure]]) -
         per_draw = missing(contexts[0]["ess"].note)
     else:
         per_draw = Figure(approximation.cost.lm_tokens / total if total else math.inf)
-    return {"draws": Figure(float(len(approximation.draws))), **cost, "tokens_per_draw": per_draw}
+    per_context = len(approximation.draws) / approximation.draws.num_contexts
+    return {"draws": Figure(per_context), **cost, "tokens_per_draw": per_draw}

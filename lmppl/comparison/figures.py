@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Figure", "average", "missing"]
+__all__ = ["Figure", "Relation", "average", "missing", "spread"]
 
 Relation = Literal["=", "≈", "≤"]
 
@@ -59,8 +59,8 @@ def missing(reason: str) -> Figure:
 def average(figures: Sequence[Figure]) -> Figure:
     """The mean over contexts of one repeat, or over repeats.
 
-    A mean exists only where every part does: otherwise the first missing part's reason stands. The error is that of a mean of
-    independent parts; the interval averages the ends, which is conservative for independent parts.
+    A mean exists only where every part does: otherwise the first missing part's reason stands. The error is that of
+    a mean of independent parts; the interval averages the ends, which is conservative for independent parts.
     """
     first = figures[0]
     if len(figures) == 1:

@@ -1,4 +1,4 @@
-"""Which law a row of the comparison speaks about: π* itself, a proposal, a language model as it is, or something else."""
+"""Which law a row speaks about: π* itself, a proposal, a language model as it is, or something else."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ class Law:
         engine = self.approximation.engine
         if isinstance(engine, BestOfN) and reference.enumerated:
             table = reference.draws.select(rows)
-            score = log_evidence(table) if engine.score is None else {**table.features, **table.log_factors}[engine.score]
+            score = (
+                log_evidence(table) if engine.score is None else {**table.features, **table.log_factors}[engine.score]
+            )
             assert table.log_prior is not None
             return best_of_n_law(table.log_prior, score, engine.n)
         return None
@@ -108,10 +110,16 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None, na
             proposal = proposal.as_language_model()
         if isinstance(proposal, LanguageModel) and not getattr(approximation.engine, "defensive", 0.0):
             return Law("proposal", type(proposal).__name__, approximation, proposal)
-        if approximation.model is not None and bool((approximation.draws.log_q == approximation.draws.log_prior).all()):
+        if approximation.model is not None and _drawn_from_prior(approximation.draws):
             return Law("proposal", "π0", approximation, approximation.model.prior)
         return Law("proposal", "its proposal", approximation)
     return Law("other", str(approximation.engine or "its own"), approximation)
+
+
+def _drawn_from_prior(draws: Draws) -> bool:
+    if draws.log_q is None or draws.log_prior is None:
+        return False
+    return torch.equal(draws.log_q, draws.log_prior)
 
 
 def log_ratios(draws: Draws) -> Tensor | None:

@@ -62,12 +62,15 @@ class Reference:
         Raises
         ------
         ModelError
-            Where it has no estimate of log Z, speaks of other contexts, or is a heuristic: its draws are no draws of π*.
+            Where it has no estimate of log Z, speaks of other contexts, or is a heuristic: its draws are no draws of
+            π*.
         """
         if approximation.draws.prompts != model.prior.prompts:
             raise ModelError("reference: its contexts are not those of the model")
         if approximation.guarantee is Guarantee.HEURISTIC or not approximation.log_normalizer:
-            raise ModelError(f"reference: {approximation!r} is no approximation of π*; use Exact, Rejection or Importance")
+            raise ModelError(
+                f"reference: {approximation!r} is no approximation of π*; use Exact, Rejection or Importance"
+            )
         log_z = approximation.log_normalizer[0].value.double().cpu()
         error = _error(approximation)
         exact = approximation.guarantee is Guarantee.EXACT

@@ -37,8 +37,8 @@ class Row:
         The law q that its divergences are about.
     figures : dict of Figure
         By column: those of `compare`'s docstring, as keys `log_z`, `kl_to_prior`, `mean:NAME`, `satisfied:NAME`,
-        `kl_reverse` KL(q‖π*), `kl_forward` KL(π*‖q), `tv`, `zero` Pr_q(γ=0), `ess`, `k_hat`, `tv_draws`, `tv_draws_exact`,
-        `draws`, `tokens_per_draw`, and the fields of `Cost`.
+        `kl_reverse` KL(q‖π*), `kl_forward` KL(π*‖q), `tv`, `zero` Pr_q(γ=0), `ess`, `k_hat`, `tv_draws`,
+        `tv_draws_exact`, `draws`, `tokens_per_draw`, and the fields of `Cost`.
     repeats : int
         Runs behind the figures; 0 where it did not run.
     reason : str
@@ -91,8 +91,8 @@ class Row:
 class Comparison:
     """Rows of figures about one declaration.
 
-    `print` shows four tables: what each row says about π*, how close its law is, what its draws are worth and cost. Rich consoles and notebooks
-    show the same.
+    `print` shows four tables: what each row says about π*, how close its law is, what its draws are worth and cost.
+    Rich consoles and notebooks show the same.
 
     Parameters
     ----------

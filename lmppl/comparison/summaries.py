@@ -1,13 +1,14 @@
-"""What a row says about π*, for one context: log Z, the mean of each feature, how often constraints hold, KL to the prior.
+"""What a row says, for one context: log Z, the mean of each feature, how often constraints hold, KL to the prior.
 
-Means are those of the row's own law, with its weights: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²) [owen2000]. Where the row
-is a table they are exact.
+Means are those of the row's own law, with its weights: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²) [owen2000].
+Where the row is a table they are exact.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lmppl.comparison.figures import Figure, missing
@@ -29,7 +30,8 @@ def summaries(law: Law, reference: Reference | None, model: Model, context: int)
             for label, values in _components(name, column):
                 figures[f"mean:{label}"] = _mean(values, weights, exact=law.tabulated)
     for factor in model.factors:
-        alive = (draws.log_factors[factor.name] > -math.inf).double()
+        value = draws.log_factors[factor.name].double()
+        alive = torch.where(value.isnan(), value, (value > -math.inf).double())
         if factor.hard is not False:
             figures[f"satisfied:{factor.name}"] = _mean(alive, weights, exact=law.tabulated)
     return figures
@@ -53,12 +55,14 @@ def _mean(values: Tensor, weights: Tensor, *, exact: bool) -> Figure:
         return missing("every draw has γ = 0")
     w, f = weights[used], values[used].double()
     mean = float((w * f).sum())
+    if math.isnan(mean):
+        return missing("some draws leave the support of π0, where evidence is not evaluated")
     if exact:
         return Figure(mean, 0.0)
     if not math.isfinite(mean):
         return Figure(mean)
-    if len(w) < 2:
-        return Figure(mean, note="one draw: no error can be estimated")
+    if bool((f == f[0]).all()):
+        return Figure(mean, note="its draws do not differ here, so no error can be estimated")
     return Figure(mean, float((w * (f - mean)).square().sum().sqrt()))
 
 
@@ -103,4 +107,3 @@ def _of_policy(log_q: Tensor | None, log_prior: Tensor | None) -> Figure:
         return Figure(math.inf, note="it draws texts that the prior cannot")
     error = float(ratio.std()) / math.sqrt(len(ratio)) if len(ratio) > 1 else None
     return Figure(float(ratio.mean()), error)
-

@@ -94,14 +94,19 @@ def _grid(title: str, rows: Sequence[Row], text: str, columns: Sequence[Column],
         if text:
             line.append(getattr(row, text))
         if not row.figures:
-            line[-1] = "did not run " + notes.mark(f"{row.label}: {row.reason}")
+            line[-1] = f"no result {notes.mark(_reason(row))}"
             line += [""] * len(columns)
         elif row.reason and text == "guarantee":
-            line[0] += " " + notes.mark(f"{row.label}: {row.reason}")
+            line[0] += f" {notes.mark(_reason(row))}"
         if row.figures:
             line += [_cell(row.figures.get(c.key), c, notes) for c in columns]
         lines.append(line)
     return Grid(title, ["", *heading, *(c.heading for c in columns)], lines)
+
+
+def _reason(row: Row) -> str:
+    name = row.label.partition("(")[0]
+    return row.reason if row.reason.startswith(name) else f"{row.label}: {row.reason}"
 
 
 def _cell(figure: Figure | None, column: Column, notes: Notes) -> str:
@@ -159,10 +164,11 @@ def caption(comparison: Comparison) -> list[str]:
         lines[0] += f" Means of {comparison.repeats} runs, seeds from {comparison.seed}; sd is the spread between runs."
     if len(comparison.contexts) > 1:
         lines[0] += f" Averaged over {len(comparison.contexts)} contexts; `per_context` has each."
-    lines.append("π* from " + known.description + "." if known else "No exact reference: each row uses its own estimate of log Z.")
+    nothing = "No exact reference: each row uses its own estimate of log Z."
+    lines.append(nothing if known is None else f"π* from {known.description}.")
     if any(row.law and row.guarantee == "consistent" for row in comparison.rows):
         lines.append(
-            "A weighted engine draws from its proposal: q is that proposal, and the weights correct log Z, means and KL(·‖π0)."
+            "A weighted engine draws from its proposal, which is its q; the weights correct log Z, means and KL(·‖π0)."
         )
     if known is not None and known.enumerated:
         lines.append("TV if exact: what as many exact draws (of ESS, where weighted) show on average.")
@@ -209,10 +215,10 @@ def renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
             table.add_row(*(Text(cell) for cell in line))
         yield table
     yield Text()
-    for line in caption(comparison):
-        yield Text(line, style="dim")
-    for number, text in enumerate(notes.texts, 1):
-        yield Padding(Text(f"{_superscript(number)} {text}", style="dim"), (0, 0, 0, 1))
+    for sentence in caption(comparison):
+        yield Text(sentence, style="dim")
+    for number, note in enumerate(notes.texts, 1):
+        yield Padding(Text(f"{_superscript(number)} {note}", style="dim"), (0, 0, 0, 1), expand=False)
 
 
 def as_text(comparison: Comparison, width: int = TEXT_WIDTH) -> str:

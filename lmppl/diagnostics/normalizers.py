@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
@@ -81,7 +82,7 @@ def log_mean_weight_bounded(log_weights: Tensor, log_bound: float, level: float 
     Returns
     -------
     Estimate
-        `value` (), kind "unbiased_Z"; no standard error.
+        `value` (), kind "unbiased_Z"; the standard error is that of `log_mean_weight`.
 
     Raises
     ------
@@ -94,9 +95,9 @@ def log_mean_weight_bounded(log_weights: Tensor, log_bound: float, level: float 
     """
     log_w = checked_log_weights(log_weights)
     ends = empirical_bernstein(torch.exp(log_w - log_bound), 0.0, 1.0, level)
-    value = torch.logsumexp(log_w, 0) - math.log(len(log_w))
-    note = "empirical Bernstein: holds at every N for weights between 0 and M"
-    return Estimate(value, ends.log().to(value.device) + log_bound, level, "unbiased_Z", None, len(log_w), note)
+    delta = log_mean_weight(log_w, level)
+    interval = ends.log().to(log_w.device) + log_bound
+    return replace(delta, interval=interval, note="empirical Bernstein: holds at every N for weights between 0 and M")
 
 
 def log_acceptance(

@@ -166,9 +166,10 @@ def pareto_smooth(log_weights: Tensor) -> tuple[Tensor, TailShape]:
     """Pareto-smoothed log-weights and k̂.
 
     The tail's weights are replaced by the expected order statistics of the fitted law, cut at the largest raw weight.
-    That lowers the variance of self-normalised expectations at the price of a bias that vanishes with N. Smoothed
-    weights are no ratios γ/q any more, so their mean is no unbiased estimate of Z: they are rescaled to the raw total,
-    so that Σw/N stays the raw Ẑ. Where k̂ is undefined the weights come back as they were.
+    That lowers the variance of self-normalised expectations at the price of a bias that vanishes with N and is
+    largest for functions that single out the heaviest draws. Smoothed weights are no ratios γ/q any more, so their
+    mean is no unbiased estimate of Z: they are rescaled to the raw total, so that Σw/N stays the raw Ẑ. Where k̂ is
+    undefined the weights come back as they were.
 
     Parameters
     ----------

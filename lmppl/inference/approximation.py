@@ -163,7 +163,7 @@ class ExactTable(Approximation):
     enumerated: bool = True
 
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
-        """`num_draws` fresh independent draws of π* per context, with log π* as `log_q`, scored by prior and factors."""
+        """`num_draws` fresh independent draws of π* per context; `log_q` is log π*; scored by prior and factors."""
         draws = self.as_language_model().draw(num_draws, generator=generator)
         if self.model is None:
             return replace(draws, log_prior=None)
@@ -179,5 +179,3 @@ class ExactTable(Approximation):
         if self.law is None:
             raise UnsupportedModel("this exact table holds no law")
         return self.law
-
-

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import (
@@ -38,21 +39,23 @@ class BestOfN(Engine):
 
     With score s(x) = Σ_k log φ_k(x), or the column named by `score`, and F(v) = π0(s ≤ v), F(v⁻) = π0(s < v):
 
-        P(s = v) = F(v)^n − F(v⁻)^n,   within a level ∝ π0,   KL(BoN‖π0) ≤ log n − (n−1)/n nats   [beirami2024].
+        P(s = v) = F(v)^n − F(v⁻)^n,   within a level ∝ π0,   KL(BoN‖π0) ≤ log n − (n−1)/n nats   (`beirami2024`).
 
-    The strength of the evidence is set by n alone: β rescales s and changes nothing. There is no estimate of log Z, and
-    `log_q` is not known draw by draw; `best_of_n_law` computes it where the outcomes can be enumerated.
+    Only the order of scores matters: the β of a single reward changes nothing, n alone sets how strongly it pulls.
+    There is no estimate of log Z, and `log_q` is not known draw by draw; `best_of_n_law` computes it where the outcomes
+    can be enumerated.
 
-    A hard constraint is a level of its own (−∞), kept as the law says: where all n proposals violate it, so does the draw.
-    `info["violating_share"]` (C,) is the share of draws with γ = 0, and a warning is logged where it is positive. Raise n,
-    or use rejection, to be rid of them.
+    A violated hard constraint is a level of its own (−∞), kept as the law says: where all n proposals violate it, so
+    does the draw. `info["violating_share"]` (C,) is the share of draws with γ = 0, and a warning is logged where it is
+    positive. Raise n, or use rejection, to be rid of them.
+    `info["kl_bound"]` is the bound of KL(BoN‖π0) above, in nats.
 
     Parameters
     ----------
     n : int
         Proposals for each draw, all fresh.
     score : str, optional
-        Name of a factor (its log φ) or of a feature (one number a text), higher is better; by default the sum of all log φ.
+        Name of a factor (its log φ) or of a feature (one number a text), higher is better; by default Σ_k log φ_k.
     num_draws : int
         Draws per context where `infer` does not say.
 
@@ -79,7 +82,9 @@ class BestOfN(Engine):
     def unsupported_reason(self, form: TargetForm) -> str | None:
         """As `Engine.unsupported_reason`."""
         if not form.factor_names:
-            return "best_of_n needs a score: this model has no factor; multiply the prior by one, such as lmppl.Reward(fn)"
+            return (
+                "best_of_n needs a score: this model has no factor; multiply the prior by one, such as lmppl.Reward(fn)"
+            )
         return super().unsupported_reason(form)
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
@@ -88,9 +93,7 @@ class BestOfN(Engine):
             raise ModelError(f"BestOfN: got n = {self.n}, expected at least 1")
         known = (*target.form.factor_names, *target.model.features)
         if self.score is not None and self.score not in known:
-            raise ModelError(
-                f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted(known)}"
-            )
+            raise ModelError(f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted(known)}")
         contexts = tuple(range(target.form.num_contexts))
         wanted = request.num_draws
         if wanted is None and request.budget is None:
@@ -106,9 +109,7 @@ class BestOfN(Engine):
     def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
         """As `Engine.run_shard`; the part's info holds `possible` (C,), the proposals with γ > 0 of each context."""
         generator = shard_generator(shard)
-        proposals = propose(
-            target.prior, shard, shard.num_draws * self.n, generator=generator, cost=target.cost
-        )
+        proposals = propose(target.prior, shard, shard.num_draws * self.n, generator=generator, cost=target.cost)
         proposals = target.evaluate(proposals)
         possible = log_evidence(proposals) > -torch.inf
         chosen = _best_of_each(self._scores(proposals).view(-1, self.n), generator)
@@ -123,10 +124,11 @@ class BestOfN(Engine):
         num_draws = sum(p.shard.num_draws for p in parts)
         for c in torch.nonzero(possible == 0).squeeze(1).tolist():
             tried = num_draws * self.n
+            bound = float(binomial_upper(possible[c], torch.tensor(tried)))
             raise InfeasibleModel(
                 f"best_of_n: none of {tried:,} proposals for context {c} ({draws.prompts[c]!r}) had γ > 0; with 95 % "
-                f"confidence their prior probability is below {-math.expm1(math.log(0.05) / tried):.2g}; raise n or num_draws, "
-                "or declare a weaker constraint"
+                f"confidence the prior probability of γ > 0 is below {bound:.2g}; raise n or num_draws, or declare a "
+                "weaker constraint"
             )
         violating = draws.context[log_evidence(draws) == -torch.inf].cpu()
         share = torch.bincount(violating, minlength=draws.num_contexts).double() / num_draws
@@ -145,7 +147,7 @@ class BestOfN(Engine):
         values = known[self.score]
         if values.dim() != 1:
             raise ModelError(
-                f"BestOfN: score {self.score!r} has {values.shape[1]} values a text, expected one; name a factor instead"
+                f"BestOfN: score {self.score!r} has {values.shape[1]} values a text, expected one; name a factor"
             )
         return values.double()
 
@@ -154,7 +156,7 @@ def best_of_n_law(log_prior: Tensor, log_phi: Tensor, n: int) -> Tensor:
     """(S,) log-probability that each of S outcomes is the best of n draws, in nats.
 
     P(x) = [F(v)^n − F(v⁻)^n] · π0(x)/π0(s = v) at v = s(x), evaluated without cancellation as
-    F(v)^n · (1 − (1 − π0(s = v)/F(v))^n)   [beirami2024].
+    F(v)^n · (1 − (1 − π0(s = v)/F(v))^n)   (`beirami2024`).
 
     Parameters
     ----------
@@ -182,9 +184,7 @@ def best_of_n_law(log_prior: Tensor, log_phi: Tensor, n: int) -> Tensor:
 def _best_of_each(scores: Tensor, generator: torch.Generator) -> Tensor:
     """(G,) row numbers of a highest score in each group of `scores` (G, n); ties by independent uniform numbers."""
     where = generator.device
-    lottery = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=where).to(
-        scores.device
-    )
+    lottery = torch.rand(scores.shape, dtype=torch.float64, generator=generator, device=where).to(scores.device)
     best = scores == scores.amax(-1, keepdim=True)
     winner = torch.where(best, lottery, -1.0).argmax(-1)
     return torch.arange(len(scores), device=scores.device) * scores.shape[1] + winner

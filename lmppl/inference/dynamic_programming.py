@@ -4,9 +4,9 @@ A `TabularLM` is a finite machine and so is each automaton; reading a token move
 
     V_t(s) = log E_π0[∏_k φ_k | the product machine is in s after t tokens]
 
-depends on a prefix through (t, s) alone, so that a backward pass of T steps over S product states gives log Z = V(∅) and
-π*(x_t|x_<t) = π0(x_t|x_<t) e^{V(x_≤t) − V(x_<t)}, exactly and at any horizon: the backward recursion of a hidden Markov
-model (`rabiner1989`) on the product of weighted automata (`mohri1997`), read as control (`levine2018`).
+depends on a prefix through (t, s) alone, so that a backward pass of T steps over S product states gives log Z = V(∅)
+and π*(x_t|x_<t) = π0(x_t|x_<t) e^{V(x_≤t) − V(x_<t)}, exactly and at any horizon: the backward recursion of a hidden
+Markov model (`rabiner1989`) on a product of weighted automata (`mohri1997`), read as control (`levine2018`).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def product_machine(prior: TabularLM, automata: Sequence[Automaton]) -> ProductM
     if count > MAX_CODES:
         shape = " × ".join(str(n) for n in [len(prior.log_table), *radices])
         raise SupportTooLarge(
-            f"dynamic programming: {shape} product states exceed {MAX_CODES:,}; use a prior of lower order, or automata "
-            "with fewer states"
+            f"dynamic programming: {shape} product states exceed {MAX_CODES:,}; use a prior of lower order, or "
+            "automata with fewer states"
         )
     log_prior = _normalised(prior.log_table)
 
@@ -203,6 +203,6 @@ def _guard_memory(states: int, vocab: int, horizon: int) -> None:
     if needed > MEMORY:
         raise SupportTooLarge(
             f"dynamic programming: {states:,} product states × ({vocab} tokens and {horizon} steps) need "
-            f"{needed / 2**30:.1f} GiB, more than {MEMORY / 2**30:.0f}; use a prior of lower order, automata with fewer "
-            "states, or a smaller max_new_tokens"
+            f"{needed / 2**30:.1f} GiB, more than {MEMORY / 2**30:.0f}; use a prior of lower order, automata with "
+            "fewer states, or a smaller max_new_tokens"
         )

@@ -296,7 +296,7 @@ def _run(
                 on_part(part)
             if request.budget is not None and request.budget.spent(spent_before):
                 rest = len(shards) - position - 1
-                return rest == 0 and request.num_draws is None
+                return rest == 0 and (request.num_draws is None or not engine.replan(target, request, parts))
         shards = engine.replan(target, request, parts)
     return True
 

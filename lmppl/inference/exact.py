@@ -37,9 +37,9 @@ class Exact(Engine):
 
     Two routes, chosen by the form of the declaration and recorded in `info["route"]`:
 
-    - "dynamic programming", where the prior is a `TabularLM` and every factor is given by a finite automaton (or there is
-      none): soft values over the product machine, exact at any horizon. `draws` are `num_draws` independent exact draws
-      per context, equally weighted.
+    - "dynamic programming", where the prior is a `TabularLM` and every factor is given by a finite automaton (or there
+      is none): soft values over the product machine, exact at any horizon. `draws` are `num_draws` independent exact
+      draws per context, equally weighted.
     - "enumeration" otherwise: every outcome of positive prior probability is scored. `draws` is then the whole table,
       ordered by context, with `log_weight` = log γ, so that the normalised weights are the posterior probabilities;
       outcomes with γ = 0 stay in it. `num_draws` is not used.
@@ -75,14 +75,16 @@ class Exact(Engine):
         return "dynamic programming" if form.tabular and not form.without_automaton else "enumeration"
 
     def unsupported_reason(self, form: TargetForm) -> str | None:
-        """As `Engine.unsupported_reason`; a `TabularLM` with zeros may have few outcomes, and is tried."""
+        """As `Engine.unsupported_reason`."""
         reason = super().unsupported_reason(form)
-        if reason is not None or form.tabular or form.max_outcomes <= self.max_sequences:
+        if reason is not None or self.route(form) != "enumeration" or form.max_outcomes <= self.max_sequences:
             return reason
+        if self.max_sequences < 1:
+            return None  # a wrong argument, which `plan` refuses
         count = f"about {form.max_outcomes:.0e}" if form.max_outcomes < float("inf") else "far too many"
         return (
-            f"exact enumeration: {form.vocab_size:,} tokens and a horizon of {form.horizon} make {count} outcomes, more "
-            f"than max_sequences = {self.max_sequences:,}; use a smaller horizon or vocabulary, or the engine "
+            f"exact enumeration: {form.vocab_size:,} tokens and a horizon of {form.horizon} make {count} outcomes, "
+            f"more than max_sequences = {self.max_sequences:,}; use a smaller horizon or vocabulary, or the engine "
             "'rejection' or 'importance'"
         )
 
@@ -128,9 +130,7 @@ class Exact(Engine):
         else:
             info["product_states"] = law.num_states
         setup = part.info["setup"]
-        return ExactTable(
-            part.draws, (estimate,), self.guarantee, info, setup=setup, law=law, enumerated=enumerated
-        )
+        return ExactTable(part.draws, (estimate,), self.guarantee, info, setup=setup, law=law, enumerated=enumerated)
 
     def _table(self, target: Target, contexts: Sequence[int]) -> tuple[Draws, Tensor]:
         """Every outcome of positive prior probability, scored and ordered by context, and its log γ."""
@@ -147,9 +147,7 @@ class Exact(Engine):
 def _law_of_table(target: Target, table: Draws, log_gamma: Tensor) -> PrefixTreeLM:
     law = PrefixTreeLM(target.prior, table, log_gamma)
     for c in _infeasible(law.log_normalizer):
-        excluding = [
-            n for n, v in table.log_factors.items() if not bool((v[table.context == c] > -torch.inf).any())
-        ]
+        excluding = [n for n, v in table.log_factors.items() if not bool((v[table.context == c] > -torch.inf).any())]
         raise _no_posterior(target, c, excluding)
     return law
 
@@ -160,9 +158,7 @@ def _law_of_machine(target: Target) -> AutomatonLM:
     automata = {f.name: f.automaton for f in target.factors if f.automaton is not None}
     law = AutomatonLM(prior, list(automata.values()))
     for c in _infeasible(law.log_normalizer):
-        alone = {
-            name: AutomatonLM(prior, [automaton]).log_normalizer[c] for name, automaton in automata.items()
-        }
+        alone = {name: AutomatonLM(prior, [automaton]).log_normalizer[c] for name, automaton in automata.items()}
         raise _no_posterior(target, c, [name for name, log_z in alone.items() if log_z == -torch.inf])
     return law
 
@@ -182,17 +178,15 @@ def _no_posterior(target: Target, context: int, excluding: Sequence[str]) -> Inf
 
 def _drawn(target: Target, law: AutomatonLM, shard: Shard) -> Draws:
     """Exact draws from the law, scored under the prior and, as a check of the automata, by the factors themselves."""
-    drawn = draw(
-        law, shard.num_draws, generator=shard_generator(shard), cost=target.cost, batch_size=shard.batch_size
-    )
+    drawn = draw(law, shard.num_draws, generator=shard_generator(shard), cost=target.cost, batch_size=shard.batch_size)
     draws = target.evaluate(_with(drawn, log_prior=target.log_prior(drawn)))
     for name, values in draws.log_factors.items():
         wrong = torch.nonzero(values != 0.0)
         if len(wrong):
             row = int(wrong[0, 0])
             raise FactorError(
-                f"factor {name!r}: log φ = {float(values[row]):g} for the text {draws.text[row]!r}, which its automaton "
-                "accepts; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
+                f"factor {name!r}: log φ = {float(values[row]):g} for the text {draws.text[row]!r}, which its "
+                "automaton accepts; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
             )
     return draws
 

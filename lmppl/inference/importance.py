@@ -183,16 +183,16 @@ class Importance(Engine):
 
     def _proposed(self, target: Target, lm: LanguageModel, shard: Shard, generator: torch.Generator) -> Draws:
         """Draws of q or of the defensive mixture, with log π0 and log q; each LM scores what it did not draw."""
-        count, cost = shard.num_draws, target.cost
+        count, cost, device = shard.num_draws, target.cost, target.prior.device
         from_prior = math.ceil(self.defensive * count)
         parts = []
         if from_prior < count:
-            drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost)
+            drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost).to(device)
             _check_outcomes(drawn, target.prior)
             parts.append(replace(drawn, log_prior=target.log_prior(drawn)))
         if from_prior > 0:
             drawn = propose(target.prior, shard, from_prior, generator=generator, cost=cost)
-            parts.append(replace(drawn, log_q=lm.score(drawn, cost=cost)))
+            parts.append(replace(drawn, log_q=lm.score(drawn, cost=cost).to(device)))
         draws = concatenate(parts, pad_id=target.prior.pad_id)
         if from_prior == 0:
             return draws

@@ -1,7 +1,7 @@
 """PosteriorLM: π* as a language model over the prior's own tokens, run by a deterministic machine of states.
 
-`Exact` computes π* in two ways, as a tree of prefixes and by dynamic programming over a finite machine. Both are a start
-state for each context, a rule that reads a token, and next-token log-probabilities in each state: what stands here.
+`Exact` computes π* in two ways, as a tree of prefixes and by dynamic programming over a finite machine. Both are a
+start state for each context, a rule that reads a token, and next-token log-probabilities in each state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PrefixTreeLM: a weighted list of outcomes as a language model, through the tree of their prefixes.
 
-With γ(u) = Σ_{x extends u} γ(x) the mass below prefix u, π*(x_t|x_<t) = γ(x_≤t) / γ(x_<t): the mass at the root is Z, and
-the conditionals telescope to π*(x) = γ(x)/Z. Everything is in log space.
+With γ(u) = Σ_{x extends u} γ(x) the mass below prefix u, π*(x_t|x_<t) = γ(x_≤t) / γ(x_<t): the mass at the root is Z,
+and the conditionals telescope to π*(x) = γ(x)/Z. Everything is in log space.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class PrefixTreeLM(PosteriorLM):
             log_probs.append(mass - parent_mass[edge // vocab - first])
             node = node.index_put((rows,), total + child)
             first, parent_mass, total = total, mass, total + len(edge)
-        # Nodes are numbered breadth first: edge i, with the key node·V + token, leads to node C + i; keys grow with i, so
-        # that the edges of one node are neighbours; and what is found past the last edge is the node off the tree.
+        # Nodes are numbered breadth first: edge i, with the key node·V + token, leads to node C + i; keys grow with i,
+        # so that the edges of one node are neighbours; and past the last edge comes the node off the tree.
         edges = torch.cat(keys)
         degree = torch.bincount(edges // vocab, minlength=total + 1)
         self.log_normalizer = root_mass.to(device)
@@ -76,9 +76,7 @@ class PrefixTreeLM(PosteriorLM):
     def next_log_probs(self, states: Tensor) -> Tensor:
         """As `PosteriorLM.next_log_probs`."""
         degree = self._degree[states]
-        scores = torch.full(
-            (len(states), self.vocab_size), -torch.inf, dtype=torch.float64, device=states.device
-        )
+        scores = torch.full((len(states), self.vocab_size), -torch.inf, dtype=torch.float64, device=states.device)
         row = torch.repeat_interleave(torch.arange(len(states), device=states.device), degree)
         within = torch.arange(len(row), device=row.device) - (degree.cumsum(0) - degree)[row]
         edge = self._start[states][row] + within

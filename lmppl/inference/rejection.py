@@ -217,19 +217,23 @@ class Rejection(Engine):
         rate = float(binomial_upper(accepted[c], tried[c], LEVEL))
         bound = f"{rate:.1e}" + (f"·M, log M = {log_bound:.4g}," if log_bound != 0.0 else "")
         also = f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
-        worst = min(passed, key=lambda name: float(passed[name][c]))
+        blame = "no factor is to blame, so log_upper is far too high"
+        if passed:
+            worst = min(passed, key=lambda name: float(passed[name][c]))
+            blame = f"factor {worst!r} rejected most (alone it accepts {float(passed[worst][c]):.2%}); loosen it"
         raise InfeasibleModel(
             f"rejection: 0 of {int(tried[c]):,} draws accepted for context {prompts[c]!r}{also}: Z < {bound} with "
-            f"{LEVEL:.0%} confidence; factor {worst!r} rejected most (alone it accepts {float(passed[worst][c]):.2%}); "
-            "loosen it, raise max_tries, or use an engine that steers the draws"
+            f"{LEVEL:.0%} confidence; {blame}, raise max_tries, or use an engine that steers the draws"
         )
 
     def _shortfall(self, prompts: Sequence[str], tried: Tensor, accepted: Tensor, wanted: int) -> list[str]:
         short = torch.nonzero(accepted < wanted).squeeze(1).tolist()
         for c in short:
+            capped = int(tried[c]) >= self.max_tries
             log.warning(
-                "rejection: context %r has %d of %d draws after %s proposals; raise max_tries or loosen the evidence",
+                "rejection: context %r has %d of %d draws after %s proposals; %s",
                 prompts[c], int(accepted[c]), wanted, f"{int(tried[c]):,}",
+                "raise max_tries or loosen the evidence" if capped else "the run was ended before",
             )  # fmt: skip
         return [prompts[c] for c in short]
 

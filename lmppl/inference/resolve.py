@@ -1,4 +1,4 @@
-"""From what a user names to an engine: an instance, `'importance(num_draws=4096)'`, `package.module:MyEngine()`, or None.
+"""From what a user names to an engine: an instance, `'importance(num_draws=4096)'`, `package.module:Mine()`, None.
 
 Text is read, never run: arguments are Python literals.
 """
@@ -35,8 +35,9 @@ def resolve_engine(engine: Engine | str | None, form: TargetForm) -> Engine:
     Parameters
     ----------
     engine : Engine, str or None
-        An instance, which is returned as it is; text for `parse_engine`; or None for the first in `ENGINES` that can run on
-        `form` with its default configuration. Heuristics sample another law than π*, so they are never chosen by default.
+        An instance, which is returned as it is; text for `parse_engine`; or None for the first in `ENGINES` that can
+        run on `form` with its default configuration. Heuristics sample another law than π*, so they are never chosen
+        by default.
     form : TargetForm
         What the engine is to run on.
 
@@ -64,13 +65,13 @@ def resolve_engine(engine: Engine | str | None, form: TargetForm) -> Engine:
 
 
 def parse_engine(text: str) -> Engine:
-    """An engine from text such as `rejection`, `importance(4096)`, `importance(num_draws=4096)`, `mine.engines:Mine(k=3)`.
+    """An engine from text: `rejection`, `importance(4096)`, `importance(num_draws=4096)`, `package.module:Mine(k=3)`.
 
     Parameters
     ----------
     text : str
-        The name of an engine in `ENGINES` (`best_of_n`, `best-of-n` and `BestOfN` are one), or `module:name` for a class or
-        an instance elsewhere; then, in parentheses, Python literals for the fields of its configuration.
+        The name of an engine in `ENGINES` (`best_of_n`, `best-of-n` and `BestOfN` are one), or `module:name` for a
+        class or an instance elsewhere; then, in parentheses, Python literals for the fields of its configuration.
 
     Raises
     ------
@@ -79,7 +80,9 @@ def parse_engine(text: str) -> Engine:
     """
     match = _CALL.fullmatch(text.strip())
     if match is None:
-        raise ModelError(f"engine: cannot read {text!r}; write a name such as 'importance' or 'importance(num_draws=4096)'")
+        raise ModelError(
+            f"engine: cannot read {text!r}; write a name such as 'importance' or 'importance(num_draws=4096)'"
+        )
     module, name, call = match["module"], match["name"], match["arguments"]
     found = _engine_of_name(name) if module is None else _engine_of_module(module, name)
     if isinstance(found, Engine):
@@ -112,7 +115,9 @@ def split_engines(text: str) -> list[str]:
             pieces[-1] += character
     pieces = [p.strip() for p in pieces]
     if depth != 0 or quote or not all(pieces):
-        raise ModelError(f"engines: cannot read {text!r}; write names separated by commas: 'exact,importance(num_draws=4096)'")
+        raise ModelError(
+            f"engines: cannot read {text!r}; write names separated by commas: 'exact,importance(num_draws=4096)'"
+        )
     return pieces
 
 
@@ -124,8 +129,8 @@ def _engine_of_name(name: str) -> type[Engine]:
     close = difflib.get_close_matches(wanted, by_name, n=1)
     hint = f" (did you mean {by_name[close[0]].name!r}?)" if close else ""
     raise ModelError(
-        f"engine: none is called {name!r}{hint}; there are {', '.join(k.name for k in ENGINES)}, and an engine of your own "
-        "is package.module:MyEngine"
+        f"engine: none is called {name!r}{hint}; there are {', '.join(k.name for k in ENGINES)}; one of your own is "
+        "package.module:MyEngine"
     )
 
 
@@ -163,7 +168,7 @@ def _literal(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise ModelError(
-            f"engine: {ast.unparse(node)!r} in {text!r} is no literal; write numbers, quoted strings, True, False or None"
+            f"engine: {ast.unparse(node)!r} in {text!r} is no literal; write a number, a quoted string, True, None"
         ) from None
 
 

@@ -6,6 +6,7 @@ string), or until the cap T = `max_new_tokens`. Truncation at T is part of the m
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -209,6 +210,23 @@ class LanguageModel(TorchDistribution):
         """C."""
         return len(self.prompts)
 
+    @property
+    def branching(self) -> int:
+        """Tokens that can follow a prefix at most: V, or fewer where the prior is declared truncated."""
+        return self.vocab_size
+
+    def max_outcomes(self) -> float:
+        """An upper bound of the number of outcomes of one context; inf where it overflows.
+
+        With b = `branching`, E EOS tokens and g = min(b, V − E) that go on: Σ_{t<T−1} min(E, b) g^t + b g^{T−1}.
+        """
+        ending, width = min(len(self.eos_ids), self.branching), self.branching
+        going = min(width, self.vocab_size - len(self.eos_ids))
+        if going > 1 and self.max_new_tokens * math.log(going) > 200:
+            return math.inf
+        before = sum(ending * going**t for t in range(self.max_new_tokens - 1))
+        return float(before + width * going ** (self.max_new_tokens - 1))
+
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None, cost: Cost | None = None) -> Draws:
         """`num_draws` exact draws per context with their log-probabilities, from the same forwards.
 
@@ -327,6 +345,15 @@ class LanguageModel(TorchDistribution):
         from lmppl.lm.decoding import enumerate_outcomes
 
         return enumerate_outcomes(self, context, max_sequences=max_sequences, cost=cost)
+
+    def expand(self, batch_shape: Sequence[int] | torch.Size, _instance: Any = None) -> TorchDistribution:
+        """The LM itself where the shape is its own, which is what a `pyro.plate` of size C asks for.
+
+        Pyro's general wrapper, used for other shapes, cannot enumerate values of more than zero dimensions.
+        """
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        return super().expand(torch.Size(batch_shape), _instance)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """(S, C, T) ids of every outcome (S, 1, T if not `expand`), those of zero probability under a context included

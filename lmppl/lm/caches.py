@@ -1,9 +1,10 @@
 """Key-value caches that a decoder can extend, select and crop without copying what stays.
 
-A config-less cache of `BufferedLayer` keeps every position of every layer, rows right-aligned: the last token of each row
-is in the last column, and a row that is shorter than the widest one starts further right. Masks that models derive from
-column distances (sliding windows, relative biases) are then right for every row, which masked holes in the middle are not.
-Architectures with recurrent state need the cache that transformers builds from the config; that one can only be selected.
+A cache of `BufferedLayer`s keeps every position of every layer, rows right-aligned: the last token of each row is in the
+last column, and a row that is shorter than the widest one starts further right. Masks that models derive from column
+distances (sliding windows, relative biases) are then right for every row, which masked holes in the middle are not.
+Architectures with recurrent state need the cache that transformers builds from the config; rows of that one can be
+selected, but not cut back.
 
 Imports transformers, so it is imported when a model is loaded, not with lmppl.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-__all__ = ["BufferedLayer", "CacheKind", "crop_rows", "make_cache", "select_rows"]
+__all__ = ["BufferedCache", "BufferedLayer", "CacheKind", "make_cache", "select_rows"]
 
 CacheKind = Literal["buffer", "config", "none"]
 
@@ -35,7 +36,7 @@ class BufferedLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
         self.rows = 0
@@ -48,12 +49,16 @@ class BufferedLayer(DynamicLayer):
         self.rows, before = key_states.shape[0], self.length
         self.length += key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.tracked):
-            self.key_buffer = key_states if before == 0 else torch.cat([self.keys, key_states], 2)
-            self.value_buffer = value_states if before == 0 else torch.cat([self.values, value_states], 2)
+            self.key_buffer = key_states if before == 0 else torch.cat([self._columns(self.key_buffer, before), key_states], 2)
+            self.value_buffer = (
+                value_states if before == 0 else torch.cat([self._columns(self.value_buffer, before), value_states], 2)
+            )
         else:
             self.key_buffer = self._written(self.key_buffer, key_states, before)
             self.value_buffer = self._written(self.value_buffer, value_states, before)
-        return self._view()
+        self.keys = self._columns(self.key_buffer, self.length)
+        self.values = self._columns(self.value_buffer, self.length)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Columns held."""
@@ -115,53 +120,83 @@ class BufferedLayer(DynamicLayer):
         fresh[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, index)
         return fresh
 
-    def _view(self) -> tuple[Tensor, Tensor]:
-        if self.key_buffer is not None and self.value_buffer is not None:
-            self.keys = self.key_buffer[: self.rows, :, : self.length]
-            self.values = self.value_buffer[: self.rows, :, : self.length]
-        return self.keys, self.values
+    def _columns(self, buffer: Tensor | None, length: int) -> Tensor:
+        assert buffer is not None  # a layer that holds columns has buffers
+        return buffer[: self.rows, :, :length]
+
+    def _view(self) -> None:
+        if self.key_buffer is not None:
+            self.keys = self._columns(self.key_buffer, self.length)
+            self.values = self._columns(self.value_buffer, self.length)
 
 
-class _BufferedCache(Cache):
-    """Layers appear as the model first writes them, each with the capacity asked for."""
+class BufferedCache(Cache):
+    """One `BufferedLayer` for each layer that the model writes; rows are selected and cut back here.
+
+    Parameters
+    ----------
+    capacity : int
+        Columns that each layer allocates first.
+    """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: BufferedLayer(capacity))
+        super().__init__(layers=[])
+        self.capacity = capacity
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `Cache.update`; a layer appears when it is first written."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(BufferedLayer(self.capacity))
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, BufferedLayer)  # nothing else is ever appended
+        return layer.update(key_states, value_states)
+
+    @property
+    def buffers(self) -> list[BufferedLayer]:
+        """The layers that hold something; a model whose layers share keys leaves some empty."""
+        return [layer for layer in self.layers if isinstance(layer, BufferedLayer) and layer.key_buffer is not None]
+
+    def select(self, index: Tensor) -> None:
+        """Keep rows `index` (M,).
+
+        In place where no row that is copied is written to as well. That holds for the index that compaction makes,
+        and for a resampling that leaves each survivor where it was.
+        """
+        layers, count = self.buffers, len(index)
+        if not layers:
+            return
+        target = torch.nonzero(index != torch.arange(count, device=index.device)).squeeze(1)
+        source = index[target]
+        still = (source >= count) | (index[source.clamp_max(count - 1)] == source)
+        shared = any(layer.tracked for layer in layers)
+        if count <= layers[0].rows and not shared and bool(still.all()):
+            for layer in layers:
+                layer.select_in_place(target, source, count)
+        else:
+            for layer in layers:
+                layer.select_copy(index)
+
+    def cut(self, width: int, columns: Tensor | None) -> None:
+        """Keep the first `width` columns, or `columns` (rows, width) where rows are cut to different lengths."""
+        for layer in self.buffers:
+            if columns is None:
+                layer.truncate(width)
+            else:
+                layer.gather_columns(columns)
 
 
 def make_cache(kind: CacheKind, config: Any, capacity: int) -> Cache | None:
     """An empty cache: `buffer` (right-aligned, croppable), `config` (as transformers builds it), or none at all."""
     if kind == "buffer":
-        return _BufferedCache(capacity)
+        return BufferedCache(capacity)
     return DynamicCache(config=config) if kind == "config" else None
 
 
-def select_rows(cache: Cache, index: Tensor) -> None:
-    """Keep rows `index` (M,): in place where no row that is copied is written to as well, which holds for the index that
-    compaction makes, and for a resampling that leaves each survivor where it was."""
-    if not isinstance(cache, _BufferedCache):
-        cache.reorder_cache(index)  # the only row selection that every layer type of transformers has
-        return
-    layers = [layer for layer in cache.layers if layer.key_buffer is not None]
-    if not layers:
-        return
-    count = len(index)
-    place = torch.arange(count, device=index.device)
-    target = torch.nonzero(index != place).squeeze(1)
-    source = index[target]
-    fits = count <= layers[0].rows and not any(layer.tracked for layer in layers)
-    if fits and bool(((source >= count) | (index[source.clamp_max(count - 1)] == source)).all()):
-        for layer in layers:
-            layer.select_in_place(target, source, count)
+def select_rows(cache: Any, index: Tensor) -> None:
+    """Keep rows `index` (M,) of any cache."""
+    if isinstance(cache, BufferedCache):
+        cache.select(index)
     else:
-        for layer in layers:
-            layer.select_copy(index)
-
-
-def crop_rows(cache: Cache, width: int, columns: Tensor | None) -> None:
-    """Keep the first `width` columns, or (rows, width) chosen `columns` where rows are cut to different lengths."""
-    for layer in cache.layers:
-        if columns is None:
-            layer.truncate(width)
-        else:
-            layer.gather_columns(columns)
+        cache.reorder_cache(index)  # the only row selection that every layer type of transformers has

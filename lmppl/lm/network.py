@@ -19,16 +19,16 @@ def _identity(logits: Tensor, config: Any) -> Tensor:
 
 
 def _soft_cap(logits: Tensor, config: Any) -> Tensor:
-    cap = config.final_logit_softcapping
+    cap = float(config.final_logit_softcapping)
     return torch.tanh(logits / cap) * cap
 
 
 def _multiply(logits: Tensor, config: Any) -> Tensor:
-    return logits * config.logit_scale
+    return logits * float(config.logit_scale)
 
 
 def _divide(logits: Tensor, config: Any) -> Tensor:
-    return logits / config.logits_scaling
+    return logits / float(config.logits_scaling)
 
 
 # What architectures do after the output embedding, by the config entry that declares it.
@@ -70,10 +70,12 @@ class Network:
         self.head: Any = self.model.get_output_embeddings()
         if self.head is None:
             raise UnsupportedModel(f"{type(model).__name__} has no output embedding: it is no causal LM")
-        self.body: Any = self.model.get_decoder() if hasattr(model, "get_decoder") else self.model.base_model
+        self.body: Any = self.model.get_decoder()
         self.modules = list(model.modules())
-        self._accepts = {
-            id(module): frozenset(inspect.signature(type(module).forward).parameters) for module in (self.model, self.body)
+        # The class's own signature: an instance may be wrapped by hooks that take anything.
+        self._takes_positions = {
+            id(module): "position_ids" in inspect.signature(type(module).forward).parameters
+            for module in (self.model, self.body)
         }
         first = next(model.parameters())
         self.device, self.network_dtype = first.device, first.dtype
@@ -100,13 +102,12 @@ class Network:
     ) -> Tensor:
         """Hidden states (B, k, H) of `tokens` (B, k), or logits (B, k, V) where the model cannot be split."""
         module = self.body if split else self.model
-        accepted = self._accepts[id(module)]
         arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
         if cache is not None:
             arguments["past_key_values"] = cache
         if mask is not None:
             arguments["attention_mask"] = mask
-            if "position_ids" in accepted:
+            if self._takes_positions[id(module)]:
                 arguments["position_ids"] = positions
         with self._evaluating():
             output = module(**arguments)

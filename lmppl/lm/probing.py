@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from lmppl.errors import ModelError
 from lmppl.lm.network import POSTPROCESSING, Network
 from lmppl.lm.rows import CachedRows
+
+if TYPE_CHECKING:
+    from lmppl.lm.caches import CacheKind
 
 __all__ = ["Abilities", "abilities_of"]
 
@@ -33,9 +36,10 @@ _REFUSALS = (
     TypeError,
     ValueError,
 )
-# Largest difference that counts as rounding, in units of the spread of the scores. Networks that need the config's cache
-# compute their recurrences in float32 whatever dtype their weights have.
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# Largest difference that counts as rounding, in units of the spread of the scores: a wrong mask or position is off by more
+# than a hundredth. Many networks compute parts in float32 whatever dtype their weights have: the softmax of an attention,
+# and (in those that need the config's cache) whole recurrences.
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LENGTH = 9
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, Abilities]] = weakref.WeakKeyDictionary()
@@ -56,7 +60,7 @@ class Abilities:
         length each.
     """
 
-    cache: str
+    cache: CacheKind
     head: str | None
     padded: bool
     chunk: bool
@@ -94,19 +98,19 @@ def _probe(network: Network, length: int) -> Abilities:
     loose = max(strict, _ROUNDING[torch.float32] * spread)
     head = _find_head(network, tokens[:1], logits[:1], strict)
     trials = _Trials(network, head, tokens, logits, {"buffer": strict, "config": loose, "none": loose})
-    for kind in ("buffer", "config"):
-        if trials.passes(trials.continues, kind):
-            cuts = kind == "buffer"
-            return Abilities(
-                cache=kind,
-                head=head,
-                padded=trials.passes(trials.pads, kind),
-                chunk=trials.passes(trials.chunks, kind),
-                crop=cuts and trials.passes(trials.crops, kind),
-                ragged=cuts and trials.passes(trials.crops_ragged, kind),
-            )
-    padded = trials.passes(trials.pads, "none")
-    return Abilities(cache="none", head=head, padded=padded, chunk=True, crop=True, ragged=padded)
+    kinds: tuple[CacheKind, ...] = ("buffer", "config")
+    kind: CacheKind = next((k for k in kinds if trials.passes(trials.continues, k)), "none")
+    padded = trials.passes(trials.pads, kind)
+    crop = kind != "config" and trials.passes(trials.crops, kind)
+    return Abilities(
+        cache=kind,
+        head=head,
+        padded=padded,
+        chunk=trials.passes(trials.chunks, kind),
+        crop=crop,
+        # Without padding rows are grouped by length, and each group is cut back by one length.
+        ragged=crop and (not padded or trials.passes(trials.crops_ragged, kind)),
+    )
 
 
 def _find_head(network: Network, tokens: Tensor, logits: Tensor, tolerance: float) -> str | None:
@@ -135,7 +139,7 @@ class _Trials:
         self.network, self.head, self.tokens, self.logits, self.tolerances = network, head, tokens, logits, tolerances
         self.length = tokens.shape[1]
 
-    def passes(self, trial: Callable[[CachedRows], list[tuple[Tensor, Tensor]]], kind: str) -> bool:
+    def passes(self, trial: Callable[[CachedRows], list[tuple[Tensor, Tensor]]], kind: CacheKind) -> bool:
         rows = CachedRows(self.network, kind, split=self.head is not None)
         try:
             pairs = trial(rows)
@@ -207,4 +211,4 @@ class _Trials:
         """The first `lengths[i]` tokens of row i, at the right; what stands left of them must not matter."""
         width = int(lengths.max())
         columns = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
-        return cast(Tensor, self.tokens.gather(1, columns % self.length))
+        return self.tokens.gather(1, columns % self.length)

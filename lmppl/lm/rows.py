@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,30 @@ from torch import Tensor
 from lmppl.errors import UnsupportedModel
 from lmppl.lm.network import Network
 
-__all__ = ["CachedRows", "RowState"]
+if TYPE_CHECKING:
+    from lmppl.lm.caches import CacheKind
+
+__all__ = ["CachedRows", "RowState", "Rows"]
+
+
+class Rows(Protocol):
+    """What `CachedRows` and `GroupedRows` do alike; the state is opaque, and consumed by being passed on."""
+
+    def start(self, tokens: Tensor, lengths: Tensor, *, capacity: int = 0) -> tuple[Tensor, Any]:
+        """Read `tokens` (B, W), right-aligned, `lengths` (B,) of them in each row; gives (B, W, H)."""
+        ...
+
+    def append(self, state: Any, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Read `tokens` (B, k) after each row; gives (B, k, H)."""
+        ...
+
+    def select(self, state: Any, index: Tensor) -> Any:
+        """Rows `index` (M,): reorder, compact and expand in one."""
+        ...
+
+    def crop(self, state: Any, lengths: Tensor) -> Any:
+        """Cut each row to its first `lengths` (B,) tokens."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +77,7 @@ class CachedRows:
         Whether forwards stop before the head (hidden states) or give logits.
     """
 
-    def __init__(self, network: Network, kind: str, *, split: bool) -> None:
+    def __init__(self, network: Network, kind: CacheKind, *, split: bool) -> None:
         self.network, self.kind, self.split = network, kind, split
 
     def start(self, tokens: Tensor, lengths: Tensor, *, capacity: int = 0) -> tuple[Tensor, RowState]:
@@ -101,8 +124,6 @@ class CachedRows:
         UnsupportedModel
             Where the architecture needs a cache that cannot be cut.
         """
-        from lmppl.lm.caches import crop_rows
-
         if self.kind == "config":
             raise UnsupportedModel(
                 f"{type(self.network.model).__name__} keeps a recurrent or windowed state that cannot be cut back; "
@@ -119,5 +140,5 @@ class CachedRows:
             columns = (shift[:, None] + torch.arange(width, device=shift.device)).clamp_min(0)
             history = None if state.history is None else state.history.gather(1, columns)
         if state.cache is not None:
-            crop_rows(state.cache, width, columns)
+            state.cache.cut(width, columns)
         return RowState(state.cache, history, pads, width, bool((pads > 0).any()))

@@ -23,6 +23,7 @@ from lmppl.sequences import Sequences
 __all__ = ["TabularLM"]
 
 MAX_STATES = 1_000_000
+COUNTING_LIMIT = 100_000_000  # state × token × step visits that counting outcomes may take
 
 
 class TabularLM(LanguageModel):
@@ -244,6 +245,20 @@ class TabularLM(LanguageModel):
         eos, cap = self.eos_index, self.max_new_tokens
         other._setup(self.log_table, self.next_state, self.start, self.vocabulary, eos, cap, list(contexts))
         return other
+
+    def max_outcomes(self) -> float:
+        """The number of outcomes of positive probability of the context that has most, counted backwards over the
+        machine; the bound of `LanguageModel.max_outcomes` where that would take longer than enumerating them."""
+        states, size = self.log_table.shape
+        if states * size * self.max_new_tokens > COUNTING_LIMIT:
+            return super().max_outcomes()
+        possible = (self.log_table > -torch.inf).double()
+        ends = torch.zeros(size, dtype=torch.float64)
+        ends[list(self.eos_ids)] = 1.0
+        counts = possible.sum(1)
+        for _ in range(self.max_new_tokens - 1):
+            counts = (possible * torch.where(ends > 0, 1.0, counts[self.next_state])).sum(1)
+        return float(counts[self.initial].max())
 
     @property
     def fingerprint(self) -> str:

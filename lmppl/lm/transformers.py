@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lmppl.errors import ContextError, ModelError
 from lmppl.lm.base import LanguageModel, Step
 from lmppl.lm.contexts import Encoded, encode_context, list_contexts
+from lmppl.lm.grouping import GroupedRows
 from lmppl.lm.network import Network
 from lmppl.lm.probing import Abilities, abilities_of
-from lmppl.lm.rows import CachedRows, RowState
+from lmppl.lm.rows import CachedRows, Rows
 from lmppl.lm.text import CompletionText, check_stop
 from lmppl.lm.truncation import check_truncation, keep_top_k, keep_top_p
 from lmppl.sequences import Sequences
@@ -27,7 +28,7 @@ __all__ = ["LM", "TransformersDecoder", "TransformersLM"]
 class DecoderState(NamedTuple):
     """Rows of the network, and how many tokens of each are its context (B,)."""
 
-    rows: RowState
+    rows: Any
     context_lengths: Tensor
 
 
@@ -38,7 +39,8 @@ class TransformersDecoder:
         self.lm = lm
         self.abilities: Abilities = lm.abilities
         self.capabilities = self.abilities.capabilities
-        self.rows = CachedRows(lm.network, self.abilities.cache, split=self.abilities.head is not None)
+        rows = CachedRows(lm.network, self.abilities.cache, split=self.abilities.head is not None)
+        self.rows: Rows = rows if self.abilities.padded else GroupedRows(rows)
 
     def prefill(
         self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
@@ -57,7 +59,6 @@ class TransformersDecoder:
         width = int(totals.max())
         columns = (ends - width)[:, None] + torch.arange(width, device=ids.device)
         tokens = ids.gather(1, columns.clamp_min(0))
-        self._check_padding(totals)
         hidden, rows = self.rows.start(tokens, totals, capacity=int(counts.max()) + lm.max_new_tokens)
         return Step(lm.project, hidden[:, -1:]), DecoderState(rows, counts)
 
@@ -82,10 +83,6 @@ class TransformersDecoder:
     def select(self, state: DecoderState, index: Tensor) -> DecoderState:
         """As `Decoder.select`."""
         return DecoderState(self.rows.select(state.rows, index), state.context_lengths[index])
-
-    def _check_padding(self, totals: Tensor) -> None:
-        if not self.abilities.padded and bool((totals != totals[0]).any()):
-            raise ModelError("left padding is not exact on this architecture")
 
 
 class TransformersLM(LanguageModel):
@@ -218,6 +215,11 @@ class TransformersLM(LanguageModel):
     def context_lengths(self) -> Tensor:
         """(C,) tokens of each context."""
         return self.context_counts.cpu()
+
+    @property
+    def branching(self) -> int:
+        """As `LanguageModel.branching`: `top_k` where it is declared."""
+        return self.vocab_size if self.top_k is None else min(self.top_k, self.vocab_size)
 
     def decoder(self) -> TransformersDecoder:
         """As `LanguageModel.decoder`."""

@@ -39,7 +39,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     them is below `top_p`; the most probable one is always kept."""
     if top_p >= 1.0:
         return logits
-    order = torch.sort(logits, -1, descending=True, stable=True).indices
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     probs = torch.softmax(logits.gather(-1, order), -1)
     before = probs.cumsum(-1) - probs
     before[:, 0] = 0.0

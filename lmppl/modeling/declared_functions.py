@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType
@@ -37,7 +38,8 @@ def qualified_name(fn: Callable[..., Any]) -> str:
         return f"{qualified_name(fn.pipeline)}[{fn.label}]"
     if isinstance(fn, functools.partial):
         bound = [*map(repr, fn.args), *(f"{name}={value!r}" for name, value in sorted(fn.keywords.items()))]
-        return f"{qualified_name(fn.func)}({', '.join(bound)})"
+        without_addresses = re.sub(r" at 0x[0-9a-fA-F]+", "", ", ".join(bound))
+        return f"{qualified_name(fn.func)}({without_addresses})"
     owner = fn if hasattr(fn, "__qualname__") else type(fn)
     name = f"{owner.__module__}:{owner.__qualname__}"
     code = getattr(fn, "__code__", None)
@@ -45,9 +47,17 @@ def qualified_name(fn: Callable[..., Any]) -> str:
 
 
 def _digest(code: CodeType) -> str:
-    inner = [_digest(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
-    parts = (code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, inner)
+    parts = (code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, _constant(code.co_consts))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return _digest(value)
+    if isinstance(value, tuple):
+        return repr([_constant(one) for one in value])
+    # The order of a set differs from process to process.
+    return repr(sorted(map(_constant, value))) if isinstance(value, frozenset) else repr(value)
 
 
 @dataclass(frozen=True)

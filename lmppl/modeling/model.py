@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -89,9 +88,11 @@ class Model:
 
     @property
     def spec_hash(self) -> str:
-        """A content hash of the declaration: prior (weights, contexts, options) and factors."""
-        spec = {"prior": self.prior.fingerprint, "factors": [f.describe() for f in self.factors]}
-        return hashlib.sha256(json.dumps(spec, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """A content hash of the declaration: prior (weights, contexts, options), factors, and their functions' names.
+
+        Values that a function closes over are not seen; `Feature.fingerprint` tells those apart.
+        """
+        return hashlib.sha256(f"{self.prior.fingerprint}:{self.graph.content_hash()}".encode()).hexdigest()[:16]
 
     @property
     def formula(self) -> str:

@@ -1,12 +1,12 @@
 """Target: the compiled declaration γ(x|c) = π0(x|c) ∏ φ_k(x, c): batched, checked, cached and counted.
 
-A target belongs to one run: its counter and its score cache are the run's own, so that a second engine never looks free.
+A target belongs to one run: counter and score cache are the run's own, so that a second engine never looks free.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class TargetForm:
     num_contexts, horizon, vocab_size : int
         C, T, V.
     max_outcomes : float
-        An upper bound of the number of outcomes of one context, Σ_t V^t; inf where it overflows.
+        An upper bound of the number of outcomes of one context (exact for tables); inf where it overflows.
     tabular : bool
         The prior is a finite machine (`TabularLM`), so that dynamic programming is exact at any horizon.
     factor_names : tuple of str
@@ -63,15 +63,11 @@ class TargetForm:
     def of(cls, model: Model) -> TargetForm:
         """Read the form off a declaration."""
         prior, factors = model.prior, model.factors
-        vocab, horizon = prior.vocab_size, prior.max_new_tokens
-        growing = vocab - len(prior.eos_ids)
-        log_count = horizon * math.log(max(growing, 1)) + math.log(vocab)
-        outcomes = math.inf if log_count > 200 else float(sum(vocab * growing**t for t in range(horizon)))
         return cls(
             num_contexts=prior.num_contexts,
-            horizon=horizon,
-            vocab_size=vocab,
-            max_outcomes=outcomes,
+            horizon=prior.max_new_tokens,
+            vocab_size=prior.vocab_size,
+            max_outcomes=prior.max_outcomes(),
             tabular=isinstance(prior, TabularLM),
             factor_names=tuple(f.name for f in factors),
             unbounded=tuple(f.name for f in factors if not math.isfinite(f.upper)),
@@ -102,7 +98,7 @@ class Target:
         self.factors = model.factors
         self.form = TargetForm.of(model)
         self.cost = Cost()
-        self._cache: dict[str, dict[Hashable, Tensor]] = {name: {} for name in model.features}
+        self._known = {name: _Values() for name in model.features}
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -162,21 +158,49 @@ class Target:
         if feature.stochastic:
             self.cost.factor_calls += len(sequences)
             return evaluate(feature, sequences, factor=owner).to(self.prior.device)
-        cache = self._cache[name]
+        known = self._known[name]
         keys = _content_keys(feature, sequences)
-        fresh: dict[Hashable, int] = {}
-        for row, key in enumerate(keys):
-            if key not in cache and key not in fresh:
-                fresh[key] = row
+        fresh = known.missing(keys)
         if fresh:
-            cache.update(zip(fresh, evaluate(feature, sequences.select(list(fresh.values())), factor=owner), strict=True))
+            values = evaluate(feature, sequences.select(list(fresh.values())), factor=owner)
+            if known.shape not in (None, values.shape[1:]):
+                shapes = f"{tuple(known.shape or ())} for some texts and {tuple(values.shape[1:])} for others"
+                raise ShapeError(f"factor {owner!r}: feature {name!r} has values of shape {shapes}, expected one shape")
+            known.add(list(fresh), values)
         self.cost.factor_calls += len(fresh)
         self.cost.cache_hits += len(keys) - len(fresh)
-        values = [cache[k] for k in keys]
-        if any(v.shape != values[0].shape for v in values):
-            shapes = sorted({tuple(v.shape) for v in values})
-            raise ShapeError(f"factor {owner!r}: feature {name!r} has values of shapes {shapes}, expected one shape")
-        return torch.stack(values).to(self.prior.device)
+        return known.get(keys).to(self.prior.device)
+
+
+class _Values:
+    """What one user function has returned in this run, by content: a row of one tensor for each distinct key."""
+
+    def __init__(self) -> None:
+        self._row: dict[Hashable, int] = {}
+        self._values: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of one value; None before the first."""
+        return None if self._values is None else self._values.shape[1:]
+
+    def missing(self, keys: Sequence[Hashable]) -> dict[Hashable, int]:
+        """Keys without a value, each with its first position."""
+        first: dict[Hashable, int] = {}
+        for position, key in enumerate(keys):
+            if key not in self._row:
+                first.setdefault(key, position)
+        return first
+
+    def add(self, keys: Sequence[Hashable], values: Tensor) -> None:
+        """Keep the values of new keys."""
+        self._row.update(zip(keys, range(len(self._row), len(self._row) + len(keys)), strict=True))
+        self._values = values if self._values is None else torch.cat([self._values, values])
+
+    def get(self, keys: Sequence[Hashable]) -> Tensor:
+        """Values of keys that are all known."""
+        assert self._values is not None
+        return self._values[[self._row[key] for key in keys]]
 
 
 def replace_columns(draws: Draws, *, features: dict[str, Tensor], log_factors: dict[str, Tensor]) -> Draws:
@@ -205,9 +229,7 @@ def _checked(factor: Factor, value: Tensor, sequences: Sequences) -> Tensor:
     if not isinstance(value, Tensor):
         raise FactorError(f"factor {factor.name!r}: log φ is a {type(value).__name__}, expected a tensor")
     if value.shape != (len(sequences),):
-        raise FactorError(
-            f"factor {factor.name!r}: log φ has shape {tuple(value.shape)}, expected ({len(sequences)},)"
-        )
+        raise FactorError(f"factor {factor.name!r}: log φ has shape {tuple(value.shape)}, expected ({len(sequences)},)")
     value = value.double()
     bad = torch.isnan(value) | (value == torch.inf)
     what = "nan or +inf"

@@ -67,8 +67,11 @@ def load_draws(path: str | Path) -> Draws:
     """
     path = Path(path)
     read = {".jsonl": _read_jsonl, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
+    reader = read[_suffix(path)]
+    if not path.is_file():
+        raise StorageError(f"cannot read {path}: there is no such file")
     try:
-        return read[_suffix(path)](path)
+        return reader(path)
     except StorageError:
         raise
     except OSError as error:

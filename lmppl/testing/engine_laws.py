@@ -1,6 +1,6 @@
-"""The laws of an inference engine, as a check that anybody can run on their own: reference posteriors with known answers.
+"""The laws of an inference engine, as a check that anybody can run on their own, on references with known answers.
 
-What holds for every engine stands in `run_laws`; what an engine guarantees about the posterior stands in `posterior_laws`.
+What holds for every engine stands in `run_laws`; what it guarantees about the posterior stands in `posterior_laws`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def check_engine(
     """Run an engine on all reference posteriors that it supports, and check what it guarantees.
 
     Every engine: draws are outcomes of the prior with the columns that the target gives, the cost is counted, the seed
-    repeats the run, shards repeat alone and in any order. EXACT: chi-square against the exact table, and log Z. CONSISTENT:
-    expectations within 4.5 standard errors, and log Z. Intervals of log Z must cover as often as they say, over all runs.
+    repeats the run, shards repeat alone and in any order. EXACT: chi-square against the exact table, and log Z.
+    CONSISTENT: expectations within 4.5 standard errors, and log Z. Intervals of log Z must cover as often as they say,
+    over all runs.
 
     Parameters
     ----------
@@ -112,5 +113,8 @@ def _check_reference(
 
 
 def _count(engine: Engine, reference: ReferencePosterior) -> int:
-    exact = engine.guarantee in (Guarantee.EXACT, Guarantee.HEURISTIC)
-    return reference.num_draws if exact else reference.num_proposals
+    if engine.guarantee is Guarantee.EXACT:
+        return reference.num_draws
+    if engine.guarantee is Guarantee.HEURISTIC:  # nothing statistical is claimed, so that few draws do
+        return reference.num_draws // 6
+    return reference.num_proposals

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, ShapeError
-from lmppl.lm.base import LanguageModel
+from lmppl.lm.base import LanguageModel, Step
 from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
 from lmppl.sequences import Sequences
@@ -31,8 +32,8 @@ def check_factor(
     ----------
     factor : Factor
     sequences : Sequences or LanguageModel
-        Where it is tried: rows of yours, or draws of an LM. With an LM, incremental forms that read hidden states can be
-        checked too.
+        Where it is tried: rows of yours, or draws of an LM. With an LM, incremental forms that read hidden states can
+        be checked too.
     num_sequences : int
         Draws per context, for an LM.
     seed : int
@@ -186,7 +187,7 @@ def _walk(
         weight = form.weigh(state, tokens[:, None])[:, 0].double()
         every = form.weigh(state, None).double().gather(1, tokens[:, None])[:, 0]
         report.require_close(every, weight, "weigh of all tokens agrees with weigh of one", tolerance=tolerance)
-        state = form.advance(state, tokens, step)  # type: ignore[arg-type] - forms that read text or ids need no step
+        state = form.advance(state, tokens, cast(Step, step))  # forms that read text or ids never look at it
         after = form.potential(state).double()
         was_zero = potential == -math.inf
         report.require(

@@ -92,7 +92,7 @@ def _check_expectation(
         return
     for c, error in enumerate(estimate.standard_error.tolist()):
         value, wanted = float(estimate.value[c]), float(exact[c])
-        rare = 0 < wanted < 1 and float(effective[c]) * min(wanted, 1 - wanted) < MIN_COUNT
+        rare = ROUNDING < wanted < 1 - ROUNDING and float(effective[c]) * min(wanted, 1 - wanted) < MIN_COUNT
         if float(effective[c]) < MIN_EFFECTIVE or rare:
             report.skip(f"{law}: E[{name}]", f"{float(effective[c]):.0f} effective draws are too few to be normal")
             continue
@@ -164,7 +164,10 @@ def _check_log_z(report: Report, estimate: Estimate, reference: ReferencePosteri
         return
     effective = _effective_draws(run.draws)
     for c, error in enumerate(estimate.standard_error.tolist()):
-        if estimate.kind != "exact" and (not math.isfinite(error) or float(effective[c]) < MIN_EFFECTIVE):
+        if not math.isfinite(error):
+            report.skip(law, "the run states no standard error")
+            continue
+        if estimate.kind != "exact" and float(effective[c]) < MIN_EFFECTIVE:
             report.skip(law, f"{float(effective[c]):.0f} effective draws are too few to be normal")
             continue
         report.error_rate += Z_RATE if error > 0 else 0.0

@@ -56,8 +56,8 @@ class ReferencePosterior:
     log_normalizer: Tensor
     posterior: tuple[dict[Key, float], ...] | None
     expectations: dict[str, Tensor]
-    num_draws: int = 2000
-    num_proposals: int = 4000
+    num_draws: int = 1200
+    num_proposals: int = 3000
     rare: bool = False
 
     def checked(self, recorded: Sequence[float]) -> ReferencePosterior:

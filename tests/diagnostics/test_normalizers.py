@@ -71,7 +71,7 @@ def test_a_weight_above_its_bound_is_an_error() -> None:
 
 
 def expected_rate(p: float, wanted: int, cap: int, *, plain: bool = False) -> float:
-    """E p̂ of the design that stops at the `wanted`-th acceptance or at the cap; `plain` is the mutant k/N throughout."""
+    """E p̂ where sampling stops at the `wanted`-th acceptance or at the cap; `plain` is the mutant k/N throughout."""
     n = torch.arange(wanted, cap + 1)
     k = torch.full_like(n, wanted)
     mass = torch.tensor(stats.nbinom.pmf((n - wanted).numpy(), wanted, p))

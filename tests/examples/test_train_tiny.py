@@ -103,7 +103,7 @@ def test_kneser_ney_is_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     bos, eos = 1, 2
     rng = random.Random(0)
     documents = [
-        [bos, *(rng.choice([3, 3, 4, 5]) for _ in range(rng.randrange(1, 6))), eos] for _ in range(60)
+        [bos, *(rng.choice([3, 3, 4, 5]) for _ in range(rng.randrange(1, 6))), eos] for _ in range(600)
     ]
     model = KneserNey(documents, vocab_size=6, order=3)
     for context in ([bos], [bos, 3], [bos, 5, 5], [bos, 4, 3, 3]):

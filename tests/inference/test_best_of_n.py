@@ -1,4 +1,4 @@
-"""BestOfN: its exact law against brute force over all n-tuples, its bound, ties, hard constraints, costs and refusals."""
+"""BestOfN: its exact law against brute force over all n-tuples, its bound, ties, hard constraints, costs, refusals."""
 
 import itertools
 import logging
@@ -135,6 +135,13 @@ def test_shards_hold_about_a_thousand_proposals():
     best_of(model, BestOfN(100), 20, on_part=lambda part: seen.append(part.shard.num_draws))
     assert seen == [5, 5, 5, 5]
     assert len(best_of(model, BestOfN(100), budget=Budget(lm_tokens=1)).draws) == 5 * 2
+
+
+@pytest.mark.parametrize(("num_draws", "status"), [(5, "complete"), (6, "interrupted")])
+def test_a_budget_that_ends_with_the_last_draw_interrupts_nothing(num_draws, status):
+    model = enumerable_lm("tabular") * Reward(wavy)
+    result = best_of(model, BestOfN(100), num_draws, budget=Budget(lm_tokens=1))
+    assert (result.status, len(result.draws)) == (status, 5 * 2)
 
 
 # Hard constraints.

@@ -69,13 +69,22 @@ def test_symbols_of_many_characters_are_read_character_by_character():
 def test_a_prior_alone_and_a_prior_of_prefixes():
     prior = TabularLM.random(3, 4, order=2, seed=2, context=["", "ab"])
     table = exact(prior)
-    torch.testing.assert_close(table.log_normalizer[0].value, torch.zeros(2, dtype=torch.float64), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        table.log_normalizer[0].value, torch.zeros(2, dtype=torch.float64), atol=TOLERANCE, rtol=0
+    )
     assert_law(table, Model(prior))
     prefixes = {"": [0.5, 0.25, 0.25], "a": [0, 0.5, 0.5], "b": [1, 0, 0]}
     sparse = TabularLM.from_prefixes(prefixes, ["a", "b", "<eos>"], max_new_tokens=2)
     model = sparse * Constraint(Automaton.avoiding("ab"))
     assert_law(exact(model), model)
     assert exact(model).log_normalizer[0].value.exp() == pytest.approx(0.75)
+
+
+def test_rows_that_sum_to_one_within_tolerance_are_normalised_as_the_prior_does():
+    off = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0, 0, 1], [0.6, 0.4, 0]], dtype=torch.float64)
+    prior = TabularLM(off * (1 + torch.tensor([[5e-7], [-5e-7], [0], [3e-7]])), max_new_tokens=4)
+    model = prior * Constraint(Automaton.containing("b"))
+    assert_law(exact(model), model)
 
 
 def test_soft_values_are_the_log_mean_evidence_after_each_prefix():
@@ -190,6 +199,30 @@ def test_expectations_over_the_table_are_exact():
     estimate = exact(model).expectation("a")
     assert estimate.kind == "exact"
     assert float(estimate.value) == pytest.approx(float((brute.log_posterior.exp() * brute.log_phi * 0.5).sum()))
+
+
+def test_factors_are_never_asked_about_what_the_prior_excludes():
+    def reward(texts):
+        assert not any("b" in text for text in texts)
+        return [float(len(text)) for text in texts]
+
+    prior = TabularLM([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5], [0, 0, 1], [1.0, 0, 0]], max_new_tokens=3)
+    table = exact(prior * Reward(reward))
+    assert table.draws.text == ["a", "aa", "aaa"]
+    assert table.draws.finished.tolist() == [True, True, False]
+
+
+def test_stop_strings_end_the_rows_of_the_law():
+    from tests.lm.random_models import random_lm
+
+    lm = random_lm("llama", stop="ab")
+    table = exact(lm * Reward(wavy, beta=0.5))
+    law = table.as_language_model()
+    torch.testing.assert_close(law.score(table.draws), table.draws.log_q, rtol=0, atol=TOLERANCE)
+    drawn = law.draw(200, generator=torch.Generator().manual_seed(0))
+    assert bool(lm.is_outcome(drawn).all())
+    by_stop = drawn.finished & ~torch.isin(drawn.ids, torch.tensor(lm.eos_ids)).any(1)
+    assert bool(by_stop.any())
 
 
 def test_a_sparse_table_is_enumerated_whatever_its_horizon():
@@ -309,14 +342,16 @@ def test_infeasible_models_name_the_context_and_the_factor(route):
         exact(prior * short * constraint("z", Automaton.containing("z")))
     with pytest.raises(InfeasibleModel, match="no factor alone excludes"):
         exact(prior * short * long)
-    after_a = TabularLM([[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]], ["a", "b"], eos=None, max_new_tokens=2, context=["b", "a"])
+    after_a = TabularLM(
+        [[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]], ["a", "b"], eos=None, max_new_tokens=2, context=["b", "a"]
+    )
     with pytest.raises(InfeasibleModel, match=r"context 1 \('a'\).*factor 'b'"):
         exact(after_a * constraint("b", Automaton.containing("b")))
 
 
 def test_too_many_outcomes():
     model = TabularLM.random(5, 30, seed=1) * Reward(wavy)
-    with pytest.raises(SupportTooLarge, match="more than 1,000 outcomes"):
+    with pytest.raises(UnsupportedModel, match=r"about 2e\+18 outcomes, more than max_sequences = 1,000"):
         exact(model, max_sequences=1000)
     llama = enumerable_lm("llama") * Reward(wavy)
     target = Target(llama)

@@ -1,7 +1,7 @@
 """MATH.md's exact identities of posterior, KL-RL, control and importance, on enumerable models in float64.
 
-Each runs through the engines' own functions against brute force, for an explicit table, a Llama and a sliding-window Mistral,
-two contexts each. A *mutant* is a wrong variant in circulation: the same check must fail on it.
+Each runs through the engines' own functions against brute force, for an explicit table, a Llama and a sliding-window
+Mistral, two contexts each. A *mutant* is a wrong variant in circulation: the same check must fail on it.
 """
 
 import math

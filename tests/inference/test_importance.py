@@ -1,4 +1,4 @@
-"""Importance: unbiasedness by enumeration of the engine's own weights, its proposals, its refusals, and what it costs."""
+"""Importance: unbiasedness by enumeration of the engine's own weights, proposals, refusals, and what it costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, log_evidence
-from tests.models import ENUMERABLE, TOLERANCE, BruteForce, brute_force, count_of, enumerable_lm, has_no, wavy
+from tests.models import ENUMERABLE, TOLERANCE, BruteForce, brute_force, enumerable_lm, has_no, wavy
 
 FACTORS = {
     "reward": (Reward(wavy, beta=0.5, name="wavy"),),
@@ -248,7 +248,7 @@ def test_bounded_evidence_adds_a_finite_sample_interval() -> None:
     bounded = Model(enumerable_lm("tabular"), (Reward(wavy, upper=1.0),))
     delta, bernstein = infer(bounded, Importance(500)).log_normalizer
     assert "empirical Bernstein" in bernstein.note
-    assert bool((bernstein.interval[:, 1] - bernstein.interval[:, 0] > delta.interval[:, 1] - delta.interval[:, 0]).all())
+    assert bool((bernstein.interval.diff(dim=1) > delta.interval.diff(dim=1)).all())
     other = enumerable_lm("tabular", seed=1)
     assert len(infer(bounded, Importance(500, other)).log_normalizer) == 1, "γ/q has no known bound"
     assert len(infer(bounded, Importance(500, other, defensive=0.5)).log_normalizer) == 2
@@ -284,7 +284,7 @@ def test_a_truncated_proposal_is_noted() -> None:
     prior = enumerable_lm("llama")
     from tests.lm.random_models import random_lm
 
-    narrow = random_lm("llama", seed=0, top_k=2)
+    narrow = random_lm("llama", top_k=2)
     result = infer(Model(prior, FACTORS["reward"]), Importance(100, narrow))
     assert "may not cover" in result.log_normalizer[0].note
     safe = infer(Model(prior, FACTORS["reward"]), Importance(100, narrow, defensive=0.1))
@@ -308,7 +308,10 @@ def test_all_zero_weights_bound_z_where_the_weights_are_bounded() -> None:
 
 MISFITS = {
     "vocabulary": (TabularLM.random(5, 4, context=["", "ab"]), "got vocab_size 5, expected the prior's 4"),
-    "contexts": (TabularLM.random(4, 4), r"got prompts \('',\), expected the prior's \('', 'ab'\).*proposal \| contexts"),
+    "contexts": (
+        TabularLM.random(4, 4),
+        r"got prompts \('',\), expected .*'ab'\).*proposal \| contexts",
+    ),
     "cap": (TabularLM.random(4, 3, context=["", "ab"]), "got max_new_tokens 3, expected the prior's 4"),
     "eos": (TabularLM.random(4, 4, eos=None, context=["", "ab"]), r"got eos_ids \(\), expected the prior's \(3,\)"),
     "no lm": ("gpt2", "got str, expected a language model"),

@@ -102,7 +102,7 @@ def test_the_estimate_follows_from_the_acceptances() -> None:
 
 
 def test_the_count_of_proposals_does_not_depend_on_how_shards_are_cut() -> None:
-    """N ends with the k-th acceptance, so that it is the position of the last draw among all proposals of its context."""
+    """N ends with the k-th acceptance: it is the position of the last draw among all proposals of its context."""
     engine, model = Rejection(batch=7), model_of("tabular", "product")
     parts = run_parts(engine, model, 20)
     result = engine.merge(parts)
@@ -182,14 +182,16 @@ def test_a_factor_without_a_bound_is_refused_with_the_fix() -> None:
 
 def test_a_draw_above_the_users_bound_is_an_error_that_names_it() -> None:
     model = enumerable_lm("tabular") * Reward(wavy, name="sentiment")
-    with pytest.raises(FactorError, match=r"'sentiment': Σ log φ is .* for the text '.*', above the bound log_upper=0\.1"):
+    words = r"'sentiment': Σ log φ is .* for the text '.*', above the bound log_upper=0\.1"
+    with pytest.raises(FactorError, match=words):
         infer(model, Rejection(log_upper=0.1), 500)
 
 
 def test_a_draw_above_a_declared_bound_is_an_error_that_names_the_factor() -> None:
     feature = Feature("length", lambda texts: [float(len(t)) for t in texts])
     liar = Factor("liar", (feature,), lambda columns: columns["length"], upper=1.5)
-    with pytest.raises(FactorError, match=r"factor 'liar': log φ is [234] for the text '\w+', above its declared upper 1\.5"):
+    words = r"factor 'liar': log φ is [234] for the text '\w+', above its declared upper 1\.5"
+    with pytest.raises(FactorError, match=words):
         infer(enumerable_lm("tabular") * liar, Rejection(), 500)
 
 
@@ -203,6 +205,11 @@ def test_nothing_accepted_is_infeasible_with_a_bound_on_z() -> None:
     assert "(and for 1 more)" in message
     assert "Z < 1.5e-03·M, log M = 4, with 95% confidence" in message
     assert "factor 'never' rejected most" in message
+
+
+def test_a_hopeless_bound_is_blamed_where_there_is_no_factor() -> None:
+    with pytest.raises(InfeasibleModel, match="log_upper is far too high"):
+        infer(enumerable_lm("tabular"), Rejection(log_upper=40.0, max_tries=100), 10)
 
 
 def test_too_few_accepted_draws_are_returned_and_said(caplog) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -103,11 +103,15 @@ def random_lm(kind: str, *, vocab_size: int = 5, pad: str | None = None, **optio
     return TransformersLM(network(kind, vocab_size), tokenizer=tokenizer(vocab_size, pad=pad), **options)
 
 
-@torch.no_grad()
 def uncached_logits(lm: TransformersLM, context: int, completion: list[int]) -> Tensor:
     """(L + 1, V) raw scores before and after each completion token: one unpadded row, one forward, no cache."""
     length = int(lm.context_lengths[context])
     prompt = lm.context_ids[context, -length:].tolist()
-    ids = torch.tensor([[*prompt, *completion]], device=lm.device)
-    logits: Tensor = lm.network.model(input_ids=ids, use_cache=False).logits[0]
-    return logits[length - 1 :]
+    return _forward_of_one_row(lm.network.model, (*prompt, *completion))[length - 1 :]
+
+
+@lru_cache(maxsize=4096)
+@torch.no_grad()
+def _forward_of_one_row(model: Any, ids: tuple[int, ...]) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logits

@@ -392,6 +392,11 @@ def test_qualified_names_tell_functions_apart() -> None:
     assert qualified_name(first) != qualified_name(second)
     assert qualified_name(first) == qualified_name(first)
     assert qualified_name(functools.partial(scorer, texts=[])) != qualified_name(scorer)
+    # Neither the address of an object nor the order of a set is part of a name.
+    assert qualified_name(functools.partial(scorer, object())) == qualified_name(functools.partial(scorer, object()))
+    one, other = eval("lambda texts: texts in {0, 8}"), eval("lambda texts: texts in {8, 0}")
+    assert repr(one.__code__.co_consts) != repr(other.__code__.co_consts)
+    assert qualified_name(one) == qualified_name(other)
 
 
 def test_the_text_of_a_row_that_a_factor_refuses() -> None:

@@ -207,9 +207,15 @@ class Automaton:
             return self.transitions[:, [column.get(v, len(self.alphabet)) for v in range(len(symbols))]]
         codes, lengths = self._encode(symbols)
         table = torch.arange(self.num_states)[:, None].repeat(1, len(symbols))
+        # Tokens share beginnings, and read alike where they differ in unnamed characters: each beginning is read once.
+        columns, radix = codes.new_zeros(len(symbols)), self.transitions.shape[1]
+        states = table[:, :1]
         for t in range(codes.shape[1]):
             longer = torch.nonzero(lengths > t).squeeze(1)
-            table[:, longer] = self.transitions[table[:, longer], codes[longer, t]]
+            beginnings, columns[longer] = torch.unique(columns[longer] * radix + codes[longer, t], return_inverse=True)
+            states = self.transitions[states[:, beginnings // radix], beginnings % radix]
+            ending = longer[lengths[longer] == t + 1]
+            table[:, ending] = states[:, columns[ending]]
         return table
 
     def _encode(self, words: Sequence[Word]) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,7 @@ class Reward(Factor):
         batch_size: int = 32,
         max_length: int | None = None,
         device: str | torch.device | None = None,
+        fingerprint: str | None = None,
     ) -> Self:
         """A sequence-classification model as reward: a reward model, a sentiment or toxicity classifier.
 
@@ -152,7 +153,7 @@ class Reward(Factor):
             changed.
         tokenizer : str or transformers tokenizer, optional
             By default the one at the same name or path.
-        beta, name, upper, on
+        beta, name, upper, on, fingerprint
             As in `Reward`; `upper` is by default 0 for log-probabilities, else inf.
         label : str, optional
             The output that is meant; needed where there are several.
@@ -187,7 +188,7 @@ class Reward(Factor):
         score = SequenceClassifier(model, tokenizer, label, log_prob, batch_size, max_length)
         if upper is None:
             upper = 0.0 if score.is_log_prob else inf
-        return cls(score, beta, name=name, upper=upper, on=on)
+        return cls(score, beta, name=name, upper=upper, on=on, fingerprint=fingerprint)
 
 
 class Optimality(Factor):

@@ -1,0 +1,176 @@
+"""The figures of a row: against brute force where π* is a table, and from draws where it is not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from lmppl.comparison import Reference, compare
+from lmppl.comparison.closeness import closeness, expected_total_variation
+from lmppl.comparison.laws import law_of, weights_are_ratios
+from lmppl.inference import BestOfN, Exact, Importance, Rejection, best_of_n_law, infer
+from lmppl.modeling import Constraint, Model, Reward
+from tests.models import ENUMERABLE, BruteForce, brute_force, count_of, enumerable_lm, has_no, wavy
+
+HARD = Constraint(has_no("b"), name="no b")
+
+
+def soft_model(kind: str) -> Model:
+    return enumerable_lm(kind) * Reward(wavy, beta=0.5, upper=1, name="wavy")
+
+
+def log_prob_of(lm, brute: BruteForce) -> torch.Tensor:
+    return lm.score(brute.sequences).double()
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    inside = log_p > -math.inf
+    return float((log_p[inside].exp() * (log_p[inside] - log_q[inside])).sum())
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_divergences_of_a_policy_are_those_of_the_written_out_laws(kind: str) -> None:
+    model, policy = soft_model(kind), enumerable_lm(kind, seed=1)
+    table = compare(model, {"policy": policy}, num_draws=50)
+    for c in range(model.prior.num_contexts):
+        brute = brute_force(model, c)
+        log_q = log_prob_of(policy, brute)
+        (row,) = [r for r in table.per_context if r.label == "policy" and r.context == c]
+        assert row["kl_reverse"].value == pytest.approx(kl(log_q, brute.log_posterior), abs=1e-9)
+        assert row["kl_forward"].value == pytest.approx(kl(brute.log_posterior, log_q), abs=1e-9)
+        assert row["tv"].value == pytest.approx(float((log_q.exp() - brute.log_posterior.exp()).abs().sum()) / 2, abs=1e-9)
+        # Mutants: the two directions, and a figure of the prior in place of the policy's.
+        assert row["kl_reverse"].value != pytest.approx(row["kl_forward"].value, abs=1e-3)
+        assert row["kl_reverse"].value != pytest.approx(kl(brute.log_prior, brute.log_posterior), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_best_of_n_on_a_table_has_its_exact_law(kind: str) -> None:
+    model = soft_model(kind) * HARD
+    row = compare(model, [BestOfN(n=3)], num_draws=20)["best_of_n(n=3)"]
+    expected = []
+    for c in range(model.prior.num_contexts):
+        brute = brute_force(model, c)
+        log_q = best_of_n_law(brute.log_prior, brute.log_phi, 3)
+        expected.append((kl(brute.log_posterior, log_q), float(log_q[brute.log_phi == -math.inf].exp().sum())))
+    assert row["kl_forward"].value == pytest.approx(sum(e[0] for e in expected) / len(expected), abs=1e-9)
+    assert row["zero"].value == pytest.approx(sum(e[1] for e in expected) / len(expected), abs=1e-9)
+    assert row["kl_reverse"].value == math.inf
+    assert row["kl_to_prior"].relation == "≤"
+
+
+def test_exact_rows_are_exact_and_say_so() -> None:
+    model = soft_model("tabular") * HARD
+    table = compare(model, ["exact", "rejection"], num_draws=300)
+    brute = [brute_force(model, c) for c in range(2)]
+    exact = table["exact"]
+    assert exact["log_z"].value == pytest.approx(sum(float(b.log_z) for b in brute) / 2, abs=1e-10)
+    expected = [float((b.log_posterior.exp() * b.log_phi.nan_to_num(neginf=0.0)).sum() - b.log_z) for b in brute]
+    assert exact["kl_to_prior"].value == pytest.approx(sum(expected) / 2, abs=1e-10)
+    assert exact["kl_to_prior"].error == 0.0
+    rewards = [torch.tensor(wavy(b.sequences.text), dtype=torch.float64) for b in brute]
+    means = [float((b.log_posterior.exp() * r).sum()) for b, r in zip(brute, rewards, strict=True)]
+    assert exact["mean:wavy"].value == pytest.approx(sum(means) / 2, abs=1e-10)
+    for label in ("exact", "rejection"):
+        assert [table[label][k].value for k in ("kl_reverse", "kl_forward", "tv", "zero")] == [0.0] * 4
+        assert table[label]["satisfied:no b"].value == 1.0
+    assert exact["ess"].value is None
+    assert table["rejection"]["ess"].value == 300.0
+    assert 0.3 < table["rejection"]["tv_draws"].value / table["rejection"]["tv_draws_exact"].value < 2.0
+
+
+def test_the_row_of_importance_speaks_of_its_proposal_and_weights_correct_the_rest() -> None:
+    model = soft_model("tabular")
+    policy = enumerable_lm("tabular", seed=1)
+    table = compare(model, {"as is": policy, "weighted": Importance(proposal=policy)}, num_draws=2000)
+    as_is, weighted = table["as is"], table["weighted"]
+    for name in ("kl_reverse", "kl_forward", "tv", "ess", "log_z"):
+        assert weighted[name].value == as_is[name].value
+    exact = compare(model, ["exact"])["exact"]
+    assert weighted["mean:wavy"].value == pytest.approx(exact["mean:wavy"].value, abs=5 * weighted["mean:wavy"].error)
+    assert abs(as_is["mean:wavy"].value - exact["mean:wavy"].value) > 5 * as_is["mean:wavy"].error
+    noise = weighted["kl_to_prior"].error
+    assert weighted["kl_to_prior"].value == pytest.approx(exact["kl_to_prior"].value, abs=5 * noise)
+    assert weighted["tv_draws"].value < as_is["tv_draws"].value
+
+
+def test_figures_from_draws_agree_with_the_table() -> None:
+    """With exact draws in place of the table: z-tests with the figures' own errors (4.5 errors: 1e-5 a test)."""
+    model = soft_model("tabular")
+    policy = enumerable_lm("tabular", seed=1)
+    exact = infer(model, Exact())
+    sampled = infer(model, Rejection(), 3000)
+    approximation = infer(model, Importance(proposal=policy), 3000)
+    law = law_of(approximation, policy, "policy")
+    by_table = [closeness(law, Reference.of(exact, model), c) for c in range(2)]
+    by_draws = [closeness(law, Reference.of(sampled, model), c) for c in range(2)]
+    for c, name in itertools.product(range(2), ("kl_reverse", "kl_forward", "tv")):
+        truth, found = by_table[c][name], by_draws[c][name]
+        assert truth.error == 0.0
+        assert found.error > 0.0
+        assert abs(found.value - truth.value) < 4.5 * found.error, name
+    assert by_draws[0]["tv_draws"].value is None
+
+
+def test_without_a_reference_the_figures_say_that_they_are_biased() -> None:
+    model = soft_model("tabular")
+    approximation = infer(model, Importance(), 500)
+    figures = closeness(law_of(approximation), None, 0)
+    assert {figures[name].relation for name in ("kl_reverse", "kl_forward", "tv")} == {"≈"}
+    assert "log N" in figures["kl_forward"].note
+    assert figures["kl_forward"].value <= math.log(500)
+
+
+def test_a_proposal_that_misses_a_mode_shows_only_in_the_forward_divergence() -> None:
+    """The teaching case: ESS and KL(q‖π*) look fine, exact draws see that 80 % of the posterior is missing."""
+    from lmppl.lm import TabularLM
+
+    prior = TabularLM([0.5, 0.5, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
+    narrow = TabularLM([1.0, 0.0, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
+    model = prior * Reward(count_of("b"), beta=1 / math.log(4), upper=1, name="b")  # π*(b) = 0.8
+    blind = closeness(law_of(infer(model, Importance(proposal=narrow), 100)), None, 0)
+    assert blind["kl_reverse"].value == pytest.approx(0.0)
+    assert blind["kl_forward"].value == pytest.approx(0.0)
+    row = compare(model, [Importance(proposal=narrow)], infer(model, Rejection(), 200), num_draws=100)["importance"]
+    assert row["ess"].value == pytest.approx(100.0)
+    assert row["kl_forward"].value == math.inf
+    assert row["log_z"].value == pytest.approx(math.log(0.5))  # too small by log 5, and no weight shows it
+
+
+def test_policies_that_leave_the_prior_or_violate_constraints_are_infinitely_far() -> None:
+    from lmppl.lm import TabularLM
+
+    prior = TabularLM([0.5, 0.0, 0.5], ["a", "b", "<eos>"], max_new_tokens=2)
+    wide = TabularLM([0.25, 0.25, 0.5], ["a", "b", "<eos>"], max_new_tokens=2)
+    model = prior * Reward(count_of("a"), beta=1, upper=2, name="a")
+    row = compare(model, {"wide": wide}, num_draws=200)["wide"]
+    off = 1 - (0.5 + 0.25 * 0.5 + 0.25 * 0.25)
+    assert row["kl_reverse"].value == math.inf
+    assert row["zero"].value == pytest.approx(off)
+    assert row["kl_to_prior"].value == math.inf
+    assert row["mean:a"].value is None
+    assert "support" in row["mean:a"].note
+
+
+def test_expected_total_variation_is_that_of_the_multinomial() -> None:
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
+    n, expected = 5, 0.0
+    for counts in itertools.product(range(n + 1), repeat=3):
+        if sum(counts) == n:
+            weight = math.factorial(n) / math.prod(math.factorial(k) for k in counts)
+            weight *= math.prod(float(p[i]) ** k for i, k in enumerate(counts))
+            expected += weight * 0.5 * sum(abs(k / n - float(p[i])) for i, k in enumerate(counts))
+    assert expected_total_variation(p, n) == pytest.approx(expected, abs=1e-12)
+    assert expected_total_variation(torch.tensor([1.0]), 3) == 0.0
+    assert expected_total_variation(p, 1) == pytest.approx(float((p * (1 - p)).sum()))
+
+
+def test_smoothed_weights_are_measured_by_the_raw_ones() -> None:
+    model = enumerable_lm("tabular") * Reward(wavy, beta=0.05, upper=1, name="wavy")
+    smoothed = infer(model, Importance(pareto_smoothing=True), 400)
+    assert weights_are_ratios(smoothed.draws)
+    assert law_of(smoothed).kind == "proposal"
+    assert not weights_are_ratios(infer(model, BestOfN(2), 20).draws)

@@ -1,0 +1,214 @@
+"""`compare`: which rows there are, what becomes of failures and Ctrl-C, repeats, contexts, references."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from lmppl.comparison import Comparison, Figure, compare
+from lmppl.comparison.figures import average, missing, spread
+from lmppl.errors import ModelError
+from lmppl.inference import BestOfN, Budget, Exact, Importance, Rejection, infer
+from lmppl.inference.engine import Engine, Guarantee, Part, Shard
+from lmppl.lm import TabularLM
+from lmppl.modeling import Constraint, Model, Reward
+from lmppl.modeling.target import Target
+from tests.models import count_of, has_no
+
+
+def model(contexts: Any = ("",), **options: Any) -> Model:
+    prior = TabularLM.random(3, 4, seed=3, context=list(contexts))
+    return prior * Reward(count_of("a"), beta=1, name="a", **options) * Constraint(has_no("bb"), name="no bb")
+
+
+@dataclass(frozen=True)
+class Pressed(Engine):
+    """An engine in whose `at`-th shard somebody presses Ctrl-C."""
+
+    at: int = 0
+    name: ClassVar[str] = "pressed"
+    guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
+
+    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
+        if shard.id == self.at:
+            raise KeyboardInterrupt
+        return Importance().run_shard(target, shard)
+
+    def merge(self, parts: Any) -> Any:
+        return Importance().merge(parts)
+
+
+def test_the_prior_comes_first_and_rows_keep_their_order() -> None:
+    table = compare(model(upper=4), ["exact", Rejection(), "importance(100)"], num_draws=50)
+    assert [row.label for row in table.rows] == ["prior", "exact", "rejection", "importance(num_draws=100)"]
+    assert [row.guarantee for row in table.rows] == ["as is", "exact", "exact", "consistent"]
+    assert [row.law for row in table.rows] == ["prior", "π*", "π*", "π0"]
+    assert table["prior"]["kl_to_prior"].value == 0.0
+    assert table["importance(num_draws=100)"]["draws"].value == 50.0
+    assert table.approximations["rejection"][0].engine == Rejection()
+    assert table.reference.enumerated
+
+
+def test_unsupported_and_failing_engines_keep_a_row_with_their_reason() -> None:
+    impossible = TabularLM.random(3, 3, seed=1) * Constraint(has_no(""), name="never")
+    table = compare(impossible, ["importance", "best_of_n(n=2)", "exact"], num_draws=20)
+    assert all(row.repeats == 0 and not row.figures for row in table.rows)
+    assert "weight zero" in table["importance"].reason
+    assert "best_of_n" in table["best_of_n(n=2)"].reason
+    table = compare(model(), ["rejection", "exact"])
+    assert "pass upper=..." in table["rejection"].reason
+    assert table["exact"]["log_z"].error == 0.0
+    assert "no result ¹" in str(table)
+    assert "pass upper=..." in str(table)
+
+
+def test_equal_labels_are_numbered_and_a_mapping_names() -> None:
+    other = TabularLM.random(3, 4, seed=4)
+    table = compare(model(), [other, other], num_draws=20)
+    assert [row.label for row in table.rows] == ["prior", "TabularLM", "TabularLM #2"]
+    table = compare(model(), {"mine": other, "again": "importance(20)"})
+    assert [row.label for row in table.rows] == ["prior", "mine", "again"]
+
+
+def test_finished_approximations_are_rows_and_cost_what_they_cost() -> None:
+    done = infer(model(), Importance(200), seed=5)
+    table = compare(model(), {"done": done}, repeats=3, num_draws=10)
+    assert table.approximations["done"] == (done,)
+    assert table["done"]["lm_tokens"].value == done.cost.lm_tokens
+    with pytest.raises(ModelError, match="another declaration"):
+        compare(model().without("a"), [done])
+
+
+@pytest.mark.parametrize(
+    ("engines", "message"),
+    [
+        ("exact", "expected a list"),
+        ([Exact], "expected an instance"),
+        (["exakt"], "did you mean 'exact'"),
+        ([3], "expected an Engine"),
+    ],
+)
+def test_wrong_arguments_raise_before_anything_runs(engines: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        compare(model(), engines)
+    with pytest.raises(ModelError, match="repeats: got 0"):
+        compare(model(), [], repeats=0)
+
+
+def test_a_policy_of_other_contexts_keeps_a_row_with_the_reason() -> None:
+    table = compare(model(), {"other": TabularLM.random(3, 4, seed=4, context="a")}, num_draws=10)
+    assert "prompts" in table["other"].reason
+
+
+def test_repeats_use_successive_seeds_and_tables_run_once() -> None:
+    table = compare(model(), ["importance", "exact"], repeats=3, num_draws=100, seed=7)
+    runs = table.approximations["importance"]
+    assert [run.seed for run in runs] == [7, 8, 9]
+    values = [float(run.log_normalizer[0].value[0]) for run in runs]
+    figure = table["importance"]["log_z"]
+    assert figure.value == pytest.approx(sum(values) / 3)
+    assert figure.spread == pytest.approx(float(torch.tensor(values, dtype=torch.float64).std()))
+    assert table["exact"].repeats == 1
+    assert "sd" in str(table)
+
+
+def test_contexts_are_averaged_and_listed() -> None:
+    declared = model(["", "a", "b"])
+    table = compare(declared, ["exact"], num_draws=50)
+    parts = [row for row in table.per_context if row.label == "exact"]
+    assert [row.context for row in parts] == [0, 1, 2]
+    truth = infer(declared, Exact()).log_normalizer[0].value
+    assert [row["log_z"].value for row in parts] == pytest.approx(truth.tolist())
+    assert table["exact"]["log_z"].value == pytest.approx(float(truth.mean()))
+    assert "Averaged over 3 contexts" in str(table)
+    assert table["prior"]["draws"].value == 50.0
+
+
+def test_a_reference_of_ones_own_is_used_and_checked() -> None:
+    declared = model(upper=4)
+    sampled = infer(declared, Rejection(), 100)
+    table = compare(declared, ["importance"], sampled, num_draws=100)
+    assert "100 exact draws" in table.reference.description
+    assert table["importance"]["tv_draws"].value is None
+    weighted = compare(declared, ["importance"], infer(declared, Importance(), 100), num_draws=100)
+    assert weighted["importance"]["tv"].relation == "≈"
+    with pytest.raises(ModelError, match="is no approximation of π"):
+        compare(declared, [], infer(declared, BestOfN(2), 10))
+    with pytest.raises(ModelError, match="contexts"):
+        compare(model(["", "a"]), [], sampled)
+
+
+def test_where_nothing_is_exact_each_row_uses_its_own_log_z() -> None:
+    prior = TabularLM.random(6, 12, seed=3)
+    table = compare(prior * Reward(count_of("a"), beta=1, name="a"), ["importance", "best_of_n(n=4)"], num_draws=50)
+    assert table.reference is None
+    assert "No exact reference" in str(table)
+    assert table["best_of_n(n=4)"]["kl_reverse"].value is None
+    assert table["best_of_n(n=4)"]["log_z"].value is None
+
+
+def test_best_of_n_has_a_bound_where_outcomes_are_too_many() -> None:
+    prior = TabularLM.random(6, 12, seed=3)
+    declared = prior * Reward(count_of("a"), beta=4, upper=12, name="a")
+    table = compare(declared, ["rejection", "best_of_n(n=4)"], num_draws=100)
+    figure = table["best_of_n(n=4)"]["kl_reverse"]
+    assert figure.relation == "≤"
+    assert figure.value > 0
+    bound = math.log(4) - 3 / 4
+    evidence = table["best_of_n(n=4)"]["mean:a"].value / 4
+    assert figure.value == pytest.approx(bound - evidence + table["rejection"]["log_z"].value)
+
+
+def test_after_an_interrupt_the_finished_rows_stand() -> None:
+    table = compare(model(upper=4), ["rejection", Pressed(), "exact"], num_draws=30)
+    assert table.interrupted
+    assert [row.label for row in table.rows] == ["prior", "rejection"]
+    assert table.not_run == ("pressed", "exact")
+    assert table["rejection"]["kl_reverse"].value == 0.0
+    assert "Interrupted" in str(table)
+    assert "not run: pressed, exact" in str(table)
+
+
+def test_an_interrupt_in_a_later_shard_keeps_the_partial_row() -> None:
+    table = compare(model(), [Pressed(at=1), "exact"], num_draws=2000)
+    assert table.interrupted
+    assert table["pressed(at=1)"].status == "interrupted"
+    assert table["pressed(at=1)"]["draws"].value == 1024.0
+    assert "pressed(at=1) (partial)" in str(table)
+
+
+def test_a_budget_is_no_interruption() -> None:
+    table = compare(model(), ["importance"], budget=Budget(lm_tokens=500))
+    assert not table.interrupted
+    assert table["importance"]["lm_tokens"].value >= 500
+
+
+def test_a_bare_language_model_is_a_model() -> None:
+    table = compare(TabularLM.random(3, 3, seed=0), ["exact", "rejection"], num_draws=20)
+    assert table["rejection"]["log_z"].value == pytest.approx(0.0)
+
+
+def test_averages_of_figures() -> None:
+    two = [Figure(1.0, 0.3, (0.0, 2.0)), Figure(3.0, 0.4, (2.0, 4.0), "≤", note="why")]
+    mean = average(two)
+    assert (mean.value, mean.interval, mean.relation, mean.note) == (2.0, (1.0, 3.0), "≤", "why")
+    assert mean.error == pytest.approx(0.25)
+    assert average([two[0], missing("gone")]) == missing("gone")
+    assert average([Figure(1.0, 0.1), Figure(2.0)]).error is None
+    assert average([Figure(math.inf), Figure(2.0)]).value == math.inf
+    assert spread([1.0]) is None
+    assert spread([1.0, math.inf]) is None
+    assert spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+
+
+def test_names_that_do_not_exist_say_what_there_is(tmp_path: Path) -> None:
+    table: Comparison = compare(model(), ["exact"], num_draws=10)
+    with pytest.raises(ModelError, match="there are"):
+        table["exakt"]
+    with pytest.raises(ModelError, match="log_z"):
+        table["exact"]["logz"]

@@ -1,0 +1,150 @@
+"""`infer` and its progress bar: shards, budgets, Ctrl-C, seeds, and what a person sees meanwhile."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+
+from lmppl.errors import InterruptedRun, ModelError, UnsupportedModel
+from lmppl.inference import Budget, Engine, Exact, Guarantee, Importance, Part, Request, Shard, infer
+from lmppl.inference.progress import finished_share, progress_bar
+from lmppl.lm import TabularLM
+from lmppl.modeling import Constraint, Model, Reward, Target
+from lmppl.sequences import Cost
+from tests.models import count_of, has_no
+
+PRIOR = TabularLM.random(3, 4, seed=2, context=["", "a"])
+
+
+def model() -> Model:
+    return PRIOR * Reward(count_of("a"), beta=1, upper=4, name="a") * Constraint(has_no("bb"), name="no bb")
+
+
+@dataclass(frozen=True)
+class Pressed(Engine):
+    """An engine in whose `at`-th shard somebody presses Ctrl-C."""
+
+    at: int = 0
+    name: ClassVar[str] = "pressed"
+    guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
+
+    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
+        if shard.id == self.at:
+            raise KeyboardInterrupt
+        return Importance().run_shard(target, shard)
+
+    def merge(self, parts: Any) -> Any:
+        return Importance().merge(parts)
+
+
+def test_default_engine_is_exact_where_it_can_be() -> None:
+    assert isinstance(infer(model()).engine, Exact)
+    assert infer(PRIOR, "importance(10)").engine == Importance(10)
+
+
+def test_an_unsupported_engine_raises_its_reason() -> None:
+    with pytest.raises(UnsupportedModel, match="pass upper="):
+        infer(PRIOR * Reward(count_of("a"), name="a"), "rejection")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("engine", ["exact", "rejection", "importance", "best_of_n"])
+def test_fewer_than_one_draw_is_refused(engine: str, count: int) -> None:
+    with pytest.raises(ModelError, match=f"num_draws: got {count}, expected at least 1"):
+        infer(model(), engine, count)
+
+
+def test_the_result_says_what_made_it() -> None:
+    result = infer(model(), "importance", 30, seed=11)
+    assert (result.seed, result.status, result.engine) == (11, "complete", Importance())
+    meta = result.draws.meta
+    assert meta["engine"] == "importance"
+    assert meta["guarantee"] == "consistent"
+    assert meta["spec_hash"] == model().spec_hash
+    assert meta["formula"] == model().formula
+    assert "torch" in meta["versions"]
+    assert result.cost.lm_tokens > 0
+    assert result.cost.seconds > 0
+
+
+def test_parts_are_handed_on_as_they_finish_and_cost_what_the_run_costs() -> None:
+    parts: list[Part] = []
+    result = infer(model(), "importance", 1500, on_part=parts.append)
+    assert [part.shard.id for part in parts] == [0, 1, 2]
+    assert sum((part.cost for part in parts), Cost()).lm_tokens == result.cost.lm_tokens
+
+
+def test_budgets_stop_after_the_shard_that_spends_them() -> None:
+    parts: list[Part] = []
+    result = infer(model(), "importance", budget=Budget(lm_tokens=1), on_part=parts.append)
+    assert len(parts) == 1
+    assert result.status == "complete"
+    result = infer(model(), "importance", 5000, budget=Budget(lm_tokens=1))
+    assert result.status == "interrupted"
+    assert len(result.draws) == 1024
+
+
+def test_ctrl_c_keeps_whole_shards_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    result = infer(model(), Pressed(at=2), 3000)
+    assert result.status == "interrupted"
+    assert len(result.draws) == 2048
+    assert "2 whole shard(s) with 2048 draws are kept" in caplog.text
+    with pytest.raises(InterruptedRun, match="nothing is kept"):
+        infer(model(), Pressed(at=0), 3000)
+
+
+def test_the_bar_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    infer(model(), "importance", 3000)
+    infer(model(), "importance", 3000, progress=False)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_the_bar_shows_figures_on_stderr_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    infer(model(), "rejection", 3000)
+    shown = screen.getvalue()
+    assert "rejection" in shown
+    assert "acceptance" in shown
+    assert "draws/s" in shown
+    assert shown.rstrip().endswith("\x1b[2K")  # the line is erased at the end
+
+
+def test_how_far_a_run_is() -> None:
+    target = Target(model())
+    shard = Importance().plan(target, Request(100, None, 0))[0]
+    part = Importance().run_shard(target, shard)
+    part = replace(part, cost=Cost(lm_tokens=30, seconds=2.0))
+    assert len(part.draws) == 200
+
+    def share(num_draws: int | None, budget: Budget | None = None, count: int = 1) -> float | None:
+        return finished_share(Importance(), Request(num_draws, budget, 0), [part] * count)
+
+    assert share(100, count=0) is None
+    assert share(400) == pytest.approx(0.25)
+    assert share(400, count=2) == pytest.approx(0.5)
+    assert share(50) == 1.0
+    assert share(None) == pytest.approx(0.1)
+    assert share(None, Budget(lm_tokens=300)) == pytest.approx(0.1)
+    assert share(None, Budget(seconds=4.0)) == pytest.approx(0.5)
+    assert share(400, Budget(seconds=4.0)) == pytest.approx(0.5)
+    assert share(None, Budget()) is None
+
+
+def test_the_bar_can_be_asked_for_or_forbidden(capsys: pytest.CaptureFixture[str]) -> None:
+    part = Importance().run_shard(target := Target(model()), Importance().plan(target, Request(10, None, 0))[0])
+    for show in (True, False):
+        with progress_bar(Importance(), Request(10, None, 0), show) as bar:
+            bar([part])
+    assert capsys.readouterr().out == ""
