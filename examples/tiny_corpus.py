@@ -49,11 +49,7 @@ def clean(text: str) -> str | None:
     long_words = [word for word in words if len(word) > 4 and word != "movie"]
     runs = list(zip(words, words[1:], words[2:], strict=False))
     repeats = len(set(long_words)) < len(long_words) or len(set(runs)) < len(runs)
-    plain = (
-        PLAIN.fullmatch(text)
-        and not COARSE.search(text)
-        and not re.search(r"[.!?]{2}|,,| [,.!?-]|- |--|''", text)
-    )
+    plain = PLAIN.fullmatch(text) and not COARSE.search(text) and not re.search(r"[.!?]{2}|,,| [,.!?-]|- |--|''", text)
     return text if plain and not repeats and 4 <= len(words) <= 26 else None
 
 
@@ -66,15 +62,13 @@ class SharedPrefixSampler:
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, min_p: float) -> None:
         self.model, self.tokenizer, self.min_p = model, tokenizer, min_p
-        self.newline: int = tokenizer("\n").input_ids[0]
+        self.newline: int = tokenizer("\n", add_special_tokens=False).input_ids[0]
         texts = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
         keep = [i for i, s in enumerate(texts) if re.fullmatch(r" ?[A-Za-z]+|[,.!?]|'[a-z]{1,2}|-", s)]
         self.vocabulary = torch.tensor([self.newline, *keep])
         self.head = model.lm_head.weight[self.vocabulary].contiguous()
 
-    def _attend(
-        self, layer: int, q: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]) -> Tensor:
         """Attention of ``q`` (B, G, R, D) to shared keys and values (G, P, D) and own ones (B, G, S, D)."""
         b, g, r, d = q.shape
         flat = q.transpose(0, 1).reshape(g, b * r, d)
@@ -90,7 +84,7 @@ class SharedPrefixSampler:
         """``rows`` independent continuations of ``prompt``, without the prompt."""
         core, config = self.model.model, self.model.config
         groups, size = config.num_key_value_heads, config.head_dim
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
         length = ids.shape[1]
         cache = self.model(ids[:, :-1], logits_to_keep=1).past_key_values
         prefix = [(layer.keys[0].float(), layer.values[0].float()) for layer in cache.layers]
@@ -172,14 +166,10 @@ def from_grammar(seed: int) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["reviews", "travel", "stories", "grammar"])
     parser.add_argument("--teacher", type=Path, help="folder of the teacher; not needed for the grammar")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="distinct documents are appended to this file"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="distinct documents are appended to this file")
     parser.add_argument("--count", type=int, default=10**9, help="stop after this many distinct documents")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many seconds")
     parser.add_argument("--min-p", type=float, default=0.04, help="least token probability over the greatest")

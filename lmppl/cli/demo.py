@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmppl.cli.reporting import one_line
-from lmppl.cli.sentiment import is_sentence, sentiment
+from lmppl.cli.sentiment import is_impersonal, sentiment
 from lmppl.comparison import Comparison, compare
 from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine
@@ -26,16 +26,17 @@ __all__ = ["demo_model", "run_demo"]
 CONTEXT = "The film was"
 NUM_DRAWS = 400
 SHOWN = 7
+EVIDENCE = "sentiment: words of praise and of blame, from -1 to 1; is_impersonal: no word such as I, my, we."
 PROGRAM = """\
 prior = lmppl.LM("tiny", context="The film was", max_new_tokens=24)
-model = prior * lmppl.Reward(sentiment, beta=0.5, upper=1) * lmppl.Constraint(is_sentence)
+model = prior * lmppl.Reward(sentiment, beta=0.5, upper=1) * lmppl.Constraint(is_impersonal)
 lmppl.compare(model, [lmppl.Rejection(), lmppl.Importance(), lmppl.BestOfN(8), lmppl.Exact()])"""
 
 
 def demo_model() -> Model:
-    """What the demonstration declares: texts about a film that praise it, and end as sentences do."""
+    """What the demonstration declares: texts about a film that praise it, and do without the first person."""
     prior = LM("tiny", context=CONTEXT, max_new_tokens=24)
-    return prior * Reward(sentiment, beta=0.5, upper=1) * Constraint(is_sentence)
+    return prior * Reward(sentiment, beta=0.5, upper=1) * Constraint(is_impersonal)
 
 
 def run_demo(seed: int, progress: bool | None) -> None:
@@ -45,9 +46,7 @@ def run_demo(seed: int, progress: bool | None) -> None:
     console.print(Text(PROGRAM, style="cyan"), soft_wrap=True)
     console.print()
     console.print(Text(model.formula, style="bold"))
-    console.print(
-        Text("sentiment counts words of praise and blame, from -1 to 1; is_sentence asks for a full stop.", style="dim")
-    )
+    console.print(Text(EVIDENCE, style="dim"))
     engines: Sequence[Engine] = [Rejection(), Importance(), BestOfN(n=8), Exact()]
     result = compare(model, engines, num_draws=NUM_DRAWS, seed=seed, progress=progress)
     console.print()
@@ -83,15 +82,17 @@ def _lines(draws: Draws) -> list[Text]:
 def summary(result: Comparison) -> str:
     """One sentence about what the comparison shows, from its figures."""
     prior, exact, weighted, best = (result[name] for name in ("prior", "rejection", "importance", "best_of_n(n=8)"))
-    mean, holds = "mean:sentiment", "satisfied:is_sentence"
+    mean, holds = "mean:sentiment", "satisfied:is_impersonal"
     before, after, kept = prior[mean].value or 0.0, exact[mean].value or 0.0, prior[holds].value or 0.0
     gap = abs((exact["log_z"].value or 0.0) - (weighted["log_z"].value or 0.0))
     noise = math.hypot(exact["log_z"].error or 0.0, weighted["log_z"].error or 0.0)
     agree = (
         f"agree on log Z within {gap / noise:.1f} standard errors" if noise and gap < 3 * noise else "disagree on log Z"
     )
+    own = abs((best[mean].value or 0.0) - after) > 3 * math.hypot(best[mean].error or 0.0, exact[mean].error or 0.0)
+    where = "goes elsewhere" if own else "comes near"
     return (
-        f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of sentences "
-        f"from {kept:.0%} to 100 %; rejection and importance {agree}; best-of-8, a heuristic, has its own mean, "
+        f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of impersonal "
+        f"texts from {kept:.0%} to 100%; rejection and importance {agree}; best-of-8, a heuristic, {where}, to "
         f"{best[mean].value or 0.0:+.2f}."
     )

@@ -81,7 +81,9 @@ def print_run(result: Approximation, out: Path | None) -> None:
     for c in range(draws.num_contexts):
         name = "log Z" if draws.num_contexts == 1 else f"log Z({draws.prompts[c]!r})"
         facts.add_row(name, _log_z(result, c))
-    facts.add_row("draws", f"{len(draws):,}" + (f" → {out}" if out is not None else ""))
+    worth = result.info.get("ess")
+    weighted = "" if worth is None else f", worth {float(worth.sum()):,.0f} unweighted ones (ESS)"
+    facts.add_row("draws", f"{len(draws):,}{weighted}" + (f" → {out}" if out is not None else ""))
     cost = result.cost
     facts.add_row("cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s")
     console.print(facts)

@@ -1,10 +1,10 @@
-"""A small word-list sentiment score: the demonstration's own evidence, so that it needs no further package."""
+"""The demonstration's own evidence, small lists of words, so that it needs no further package."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["is_sentence", "sentiment"]
+__all__ = ["is_impersonal", "sentiment"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -13,19 +13,24 @@ def _words(text: str) -> frozenset[str]:
 
 PRAISE = _words(
     """
-    admired adored amazing beautiful believe best brilliant charm charming clever delight delightful elegant
-    enjoyed enjoyable excellent exciting fantastic fascinating favorite favorites fresh friendly fun funny gladly
-    good great gripping happy heart honest hopeful incredible interesting inspiring joy joyful laugh laughed liked
-    love loved lovely masterpiece moving nice perfect perfectly pleasure powerful recommend smart smile strong
-    success superb surprise sweet tender thoughtful touching treat warm wonderful young
+    admired adored amazing beautiful best brilliant charm charming clever cozy delicious delight delightful
+    elegant engaging enjoy enjoyable enjoyed entertaining excellent exciting fantastic fascinating favorite
+    favorites fresh friendly fun funny gentle gladly good great gripping happy heart hilarious honest hopeful
+    impressive incredible inspired inspiring interesting joy joyful laugh laughed liked love loved lovely
+    masterpiece memorable moving nice perfect perfectly pleasant pleasure powerful proud recommend rewarding
+    satisfying smart smile strong success superb sweet talented tender thoughtful thrilling touching treat warm
+    wonderful worth
     """
 )
 BLAME = _words(
     """
-    angry annoying argued asleep awful bad bored boredom bore boring cheap cold confused confusing cruel
-    depressing dirty disappointed disappointing disappointment disaster disliked dreadful dull empty fake hate
-    hated headache horrible insult lazy lost mess miserable noisy painful pathetic poor predictable ridiculous
-    rude sad sick silly slow stupid tedious terrible ugly violent walked warn warned waste weak worry worst wrong
+    absurd angry annoying argued asleep awful awkward bad bland bore bored boredom boring cheap cheesy cliche
+    cliched clumsy cold confused confusing cruel depressing dirty disappointed disappointing disappointment
+    disaster disliked dreadful dull dumb embarrassing empty fake flat forgettable gloomy grim hate hated headache
+    horrible insult irritating lack lacked lazy lifeless mediocre mess messy miserable noisy painful pathetic
+    pointless poor predictable ridiculous rude ruined sad shallow sick silly slow stupid tedious terrible ugly
+    unbearable uneven uninspired uninteresting unpleasant unrealistic unremarkable violent warn warned waste
+    wasted weak worry worst wrong
     """
 )
 NEGATION = _words(
@@ -33,6 +38,7 @@ NEGATION = _words(
     not no never nothing nobody hardly without n't cannot don't didn't wasn't isn't couldn't
     """
 )
+PERSON = _words("i me my mine myself we us our ours")
 
 
 def sentiment(texts: list[str]) -> list[float]:
@@ -55,6 +61,6 @@ def _score(text: str) -> float:
     return balance / count if count else 0.0
 
 
-def is_sentence(texts: list[str]) -> list[bool]:
-    """Whether each text ends as a sentence does, with a full stop, an exclamation mark or a question mark."""
-    return [text.rstrip().rstrip("\"'").endswith((".", "!", "?")) for text in texts]
+def is_impersonal(texts: list[str]) -> list[bool]:
+    """Whether each text does without the first person: no I, me, my, mine, we, us, our."""
+    return [PERSON.isdisjoint(re.findall(r"[a-z]+", text.lower())) for text in texts]

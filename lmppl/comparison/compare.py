@@ -41,7 +41,7 @@ class _Run:
 
     def law(self, approximation: Approximation) -> Law:
         policy = self.entrant if isinstance(self.entrant, LanguageModel) else None
-        return law_of(approximation, policy, self.label)
+        return law_of(approximation, policy)
 
 
 class _Interrupted(Exception):

@@ -89,7 +89,7 @@ class Law:
         return None if bound is None else float(bound)
 
 
-def law_of(approximation: Approximation, policy: LanguageModel | None = None, name: str = "") -> Law:
+def law_of(approximation: Approximation, policy: LanguageModel | None = None) -> Law:
     """The law that the row of `approximation` speaks about.
 
     Parameters
@@ -97,11 +97,9 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None, na
     approximation : Approximation
     policy : LanguageModel, optional
         The row is this language model, taken as it is, and `approximation` its draws with weights γ/q.
-    name : str
-        How the table calls the policy.
     """
     if policy is not None:
-        return Law("policy", name, approximation, policy)
+        return Law("policy", "itself", approximation, policy)
     if approximation.guarantee is Guarantee.EXACT:
         return Law("posterior", "π*", approximation)
     if approximation.guarantee is not Guarantee.HEURISTIC and weights_are_ratios(approximation.draws):
@@ -112,8 +110,8 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None, na
             return Law("proposal", type(proposal).__name__, approximation, proposal)
         if approximation.model is not None and _drawn_from_prior(approximation.draws):
             return Law("proposal", "π0", approximation, approximation.model.prior)
-        return Law("proposal", "its proposal", approximation)
-    return Law("other", str(approximation.engine or "its own"), approximation)
+        return Law("proposal", "a proposal", approximation)
+    return Law("other", "its own", approximation)
 
 
 def _drawn_from_prior(draws: Draws) -> bool:

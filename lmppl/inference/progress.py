@@ -54,7 +54,7 @@ def progress_bar(
     )
     start = time.perf_counter()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4) as bar:
         task = bar.add_task(str(engine).replace("[", r"\["), total=None, figures="")
 
         def update(parts: Sequence[Part]) -> None:

@@ -365,7 +365,7 @@ class LanguageModel(TorchDistribution):
             Where there are more than 200,000 outcomes.
         """
         rows = torch.cat([self.enumerate_sequences(c).ids for c in range(self.num_contexts)])
-        values = torch.unique(rows, dim=0).unsqueeze(1)
+        values: Tensor = torch.unique(rows, dim=0).unsqueeze(1)
         return values.expand(-1, self.num_contexts, -1) if expand else values
 
     def __or__(self, contexts: Any) -> LanguageModel:

@@ -62,6 +62,12 @@ def plan_rows(lm: LanguageModel, num_rows: int, *, budget: int = MEMORY_BUDGET) 
     return max(1, min(num_rows, budget // lm.bytes_per_row(lm.max_new_tokens)))
 
 
+def _even(num_rows: int, size: int) -> int:
+    """A micro-batch of at most `size` rows with which the last one is about as large as the others."""
+    batches = -(-num_rows // size)
+    return -(-num_rows // batches)
+
+
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits) by inverting its distribution function, and score it.
 
@@ -129,7 +135,7 @@ def draw(
     if num_draws < 1:
         raise ModelError(f"num_draws: got {num_draws}, expected at least 1")
     context = torch.arange(lm.num_contexts).repeat_interleave(num_draws)
-    size = batch_size or plan_rows(lm, len(context))
+    size = batch_size or _even(len(context), plan_rows(lm, len(context)))
     parts = [draw_rows(lm, rows, generator=generator, cost=cost) for rows in context.split(size)]
     return concatenate(parts, pad_id=lm.pad_id)
 

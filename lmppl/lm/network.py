@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Network:
             raise UnsupportedModel(
                 f"{type(model).__name__} is a sequence-to-sequence model; lmppl needs a causal (decoder-only) LM"
             )
-        self.model: Any = model
+        self.model = cast(Any, model)
         self.config: Any = config.get_text_config(decoder=True)
         self.head: Any = self.model.get_output_embeddings()
         if self.head is None:

@@ -104,7 +104,7 @@ class Model:
         contexts = self.prior.prompts
         shown = ", ".join(repr(c) for c in contexts[:3]) + (", ..." if len(contexts) > 3 else "")
         lines.append(f"  c ∈ {{{shown}}}")
-        lines += [f"  {f.name}: {f.formula or f.kind}" for f in self.factors]
+        lines += [f"  {f.name}: {f.kind}, φ = {f.formula or f.name + '(x)'}" for f in self.factors]
         return "\n".join(lines)
 
 

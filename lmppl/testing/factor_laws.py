@@ -80,7 +80,7 @@ def _log_phi(report: Report, factor: Factor, rows: Sequences) -> Tensor:
         raise CheckFailed(f"{report.subject}: log φ is defined on every row does not hold: {error}") from error
     report.require(
         isinstance(values, Tensor) and values.shape == (len(rows),), "log φ is one number a row",
-        getattr(values, "shape", type(values).__name__), (len(rows),),
+        tuple(getattr(values, "shape", (type(values).__name__,))), (len(rows),),
     )  # fmt: skip
     bad = torch.isnan(values) | (values == math.inf)
     report.require(~bad.any(), "log φ is finite or −inf", *_shown(rows, values, bad, "a finite number or −inf"))

@@ -41,7 +41,9 @@ def test_divergences_of_a_policy_are_those_of_the_written_out_laws(kind: str) ->
         (row,) = [r for r in table.per_context if r.label == "policy" and r.context == c]
         assert row["kl_reverse"].value == pytest.approx(kl(log_q, brute.log_posterior), abs=1e-9)
         assert row["kl_forward"].value == pytest.approx(kl(brute.log_posterior, log_q), abs=1e-9)
-        assert row["tv"].value == pytest.approx(float((log_q.exp() - brute.log_posterior.exp()).abs().sum()) / 2, abs=1e-9)
+        assert row["tv"].value == pytest.approx(
+            float((log_q.exp() - brute.log_posterior.exp()).abs().sum()) / 2, abs=1e-9
+        )
         # Mutants: the two directions, and a figure of the prior in place of the policy's.
         assert row["kl_reverse"].value != pytest.approx(row["kl_forward"].value, abs=1e-3)
         assert row["kl_reverse"].value != pytest.approx(kl(brute.log_prior, brute.log_posterior), abs=1e-3)
@@ -104,7 +106,7 @@ def test_figures_from_draws_agree_with_the_table() -> None:
     exact = infer(model, Exact())
     sampled = infer(model, Rejection(), 3000)
     approximation = infer(model, Importance(proposal=policy), 3000)
-    law = law_of(approximation, policy, "policy")
+    law = law_of(approximation, policy)
     by_table = [closeness(law, Reference.of(exact, model), c) for c in range(2)]
     by_draws = [closeness(law, Reference.of(sampled, model), c) for c in range(2)]
     for c, name in itertools.product(range(2), ("kl_reverse", "kl_forward", "tv")):

@@ -47,7 +47,7 @@ def test_the_prior_comes_first_and_rows_keep_their_order() -> None:
     table = compare(model(upper=4), ["exact", Rejection(), "importance(100)"], num_draws=50)
     assert [row.label for row in table.rows] == ["prior", "exact", "rejection", "importance(num_draws=100)"]
     assert [row.guarantee for row in table.rows] == ["as is", "exact", "exact", "consistent"]
-    assert [row.law for row in table.rows] == ["prior", "π*", "π*", "π0"]
+    assert [row.law for row in table.rows] == ["itself", "π*", "π*", "π0"]
     assert table["prior"]["kl_to_prior"].value == 0.0
     assert table["importance(num_draws=100)"]["draws"].value == 50.0
     assert table.approximations["rejection"][0].engine == Rejection()

@@ -64,7 +64,18 @@ def test_equal_notes_are_one() -> None:
 def test_tables_fit_the_width_and_lose_no_column(table: Comparison, width: int) -> None:
     text = as_text(table, width)
     assert max(len(line) for line in text.splitlines()) <= width
-    for heading in ("guarantee", "log Z", "KL(·‖π0)", "E[", "no [b] holds", "KL(q‖π*)", "KL(π*‖q)", "ESS", "k̂", "LM tokens"):
+    for heading in (
+        "guarantee",
+        "log Z",
+        "KL(·‖π0)",
+        "E[",
+        "no [b] holds",
+        "KL(q‖π*)",
+        "KL(π*‖q)",
+        "ESS",
+        "k̂",
+        "LM tokens",
+    ):
         assert heading in text
     assert "…" not in text
 

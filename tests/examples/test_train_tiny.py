@@ -25,9 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["saw", "liked", "forgot"],
         ["the sea", "a café", "old films"],
     )
-    lines = [
-        f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)} {n} times." for n in range(200)
-    ]
+    lines = [f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)} {n} times." for n in range(200)]
     data = folder / "sentences.txt"
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     out = folder / "out"
@@ -102,9 +100,7 @@ def test_kneser_ney_is_a_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
 
     bos, eos = 1, 2
     rng = random.Random(0)
-    documents = [
-        [bos, *(rng.choice([3, 3, 4, 5]) for _ in range(rng.randrange(1, 6))), eos] for _ in range(600)
-    ]
+    documents = [[bos, *(rng.choice([3, 3, 4, 5]) for _ in range(rng.randrange(1, 6))), eos] for _ in range(600)]
     model = KneserNey(documents, vocab_size=6, order=3)
     for context in ([bos], [bos, 3], [bos, 5, 5], [bos, 4, 3, 3]):
         before = model.bits([context])

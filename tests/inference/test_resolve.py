@@ -130,7 +130,7 @@ def test_none_takes_the_first_that_can_run_and_never_a_heuristic(monkeypatch: py
     bounded_form = TargetForm.of(Model(LARGE, [bounded]))
     assert resolve_engine(None, TargetForm(**{**vars(bounded_form), "tabular": False})) == Rejection()
     monkeypatch.setattr("lmppl.inference.resolve.ENGINES", (Rejection, BestOfN))
-    with pytest.raises(UnsupportedModel, match="no engine can run on this model:\n  rejection: .*upper"):
+    with pytest.raises(UnsupportedModel, match=r"no engine can run on this model:\n  rejection: .*upper"):
         resolve_engine(None, large)
 
 

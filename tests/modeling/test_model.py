@@ -179,7 +179,7 @@ def test_repr_shows_prior_contexts_and_factors(prior):
         "π*(x|c) ∝ π0(x|c) · exp(score(x)/0.5)",
         "  π0 = TabularLM(4 contexts, max_new_tokens=3)",
         "  c ∈ {'', 'a', 'b', ...}",
-        "  score: exp(score(x)/0.5)",
+        "  score: Reward, φ = exp(score(x)/0.5)",
     ]
 
 

@@ -156,7 +156,7 @@ def test_optimality_is_the_log_probability_itself() -> None:
         return [-math.inf if "c" in t else -0.5 * len(t) for t in texts]
 
     factor = Optimality(log_clean)
-    assert (factor.upper, factor.hard, factor.formula) == (0.0, None, "p(O=1|x) = exp(log_clean(x))")
+    assert (factor.upper, factor.hard, factor.formula) == (0.0, None, "exp(log_clean(x))")
     assert log_factor(LM * factor, "log_clean").tolist() == log_clean(DRAWS[0].text)
 
 

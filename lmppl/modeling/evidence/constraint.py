@@ -92,7 +92,7 @@ class Constraint(Factor):
 
         inner = applied(feature)
         if where is not None:
-            inner = f"{function_name(where) or 'where'}({inner})"
+            inner = f"{function_name(where) or name or 'where'}({inner})"
         super().__init__(
             name=name or feature.name,
             features=(feature,),

@@ -212,7 +212,7 @@ class Optimality(Factor):
     Examples
     --------
     >>> Optimality(Feature("log_clean", lambda texts: [-float(len(t)) for t in texts])).formula
-    'p(O=1|x) = exp(log_clean(x))'
+    'exp(log_clean(x))'
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Optimality(Factor):
             log_factor=log_factor,
             upper=0.0,
             hard=None,
-            formula=f"p(O=1|x) = exp({applied(feature)})",
+            formula=f"exp({applied(feature)})",
             named=name is not None,
         )
 

@@ -1,0 +1,237 @@
+"""The commands: what they print where, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import lmppl
+from lmppl.cli import app
+from lmppl.cli.demo import run_demo
+from lmppl.cli.sentiment import is_impersonal, sentiment
+from lmppl.comparison import Comparison
+from lmppl.sequences import Draws
+
+SPEC = """
+from lmppl import Constraint, Importance, Reward, TabularLM
+print("a spec that prints")
+
+def count_a(texts):
+    print("a reward that prints")
+    return [t.count("a") for t in texts]
+
+def never(texts):
+    return [False] * len(texts)
+
+prior = TabularLM.random(3, 4, seed=0, context=["", "a"])
+model = prior * Reward(count_a, beta=1) * Constraint(lambda texts: ["bb" not in t for t in texts], name="no bb")
+impossible = prior * Constraint(never)
+broken = prior * Reward(lambda texts: [1.0], name="one")
+bounded = prior * Reward(count_a, beta=1, upper=4)
+pressed = prior * Reward(lambda texts: (_ for _ in ()).throw(KeyboardInterrupt), name="pressed")
+engines = ["exact", Importance(40)]
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spec.py").write_text(SPEC)
+    yield "spec.py"
+    sys.modules.pop("lmppl_spec", None)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "100", "TERM": "dumb"}).invoke(app, list(arguments))
+
+
+def test_version_and_help() -> None:
+    assert call("--version").output == f"lmppl {lmppl.__version__}\n"
+    assert call("--help").exit_code == 0
+    for command in ("demo", "check", "infer", "compare"):
+        result = call(command, "--help")
+        assert result.exit_code == 0
+        assert "Exit codes" in result.output
+
+
+def test_check_says_what_is_declared_and_what_can_run(spec: str) -> None:
+    result = call("check", spec)
+    assert result.exit_code == 0
+    for text in ("exp(count_a(x)) · 1[no bb(x)]", "no upper bound", "2 contexts", "log φ count_a", "✓ runs", "✗"):
+        assert text in result.stdout
+    assert "rejection needs an upper bound" in result.stdout
+
+
+def test_check_as_json(spec: str) -> None:
+    result = call("check", spec, "--json", "--draws", "2")
+    data = json.loads(result.stdout)
+    assert [engine["runs"] for engine in data["engines"]] == [True, False, True, True]
+    assert [len(data["tried"]), data["mermaid"].startswith("flowchart")] == [4, True]
+    assert data["factors"][1]["hard"] is True
+    assert "a reward that prints" in result.stderr
+
+
+def test_check_finds_a_factor_that_fails(spec: str) -> None:
+    result = call("check", f"{spec}:broken")
+    assert result.exit_code == 2
+    assert "factor 'one'" in result.stderr
+
+
+def test_infer_saves_draws_and_tells(spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "draws.jsonl"
+    result = call("infer", spec, "--engine", "importance", "--num-draws", "30", "--seed", "3", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "log Z" in result.stdout
+    draws = Draws.load(out)
+    assert len(draws) == 60
+    assert draws.meta["seed"] == 3
+    assert draws.meta["engine"] == "importance"
+
+
+def test_infer_as_json_keeps_stdout_clean(spec: str, tmp_path: Path) -> None:
+    result = call("infer", spec, "-e", "importance(20)", "--json")
+    data = json.loads(result.stdout)
+    assert len(data["draws"]) == 40
+    assert data["engine"] == "importance(num_draws=20)"
+    assert len(data["log_z"]) == 2
+    assert "a spec that prints" in result.stderr
+    out = tmp_path / "x.safetensors"
+    data = json.loads(call("infer", spec, "-n", "5", "-e", "importance(20)", "--json", "-o", str(out)).stdout)
+    assert data["out"] == str(out)
+    assert "draws" not in data
+
+
+def test_infer_without_an_engine_takes_the_first_that_can_run(spec: str) -> None:
+    assert json.loads(call("infer", spec, "--json").stdout)["engine"] == "exact"
+
+
+def test_a_budget_that_ends_first_is_told_and_is_no_failure(spec: str) -> None:
+    result = call("infer", spec, "-e", "importance", "-n", "5000", "--budget-tokens", "10")
+    assert result.exit_code == 0
+    assert "The budget ended first: 1,024 draws." in result.stderr
+
+
+def test_compare_uses_the_engines_of_the_spec(spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    result = call("compare", spec, "--num-draws", "30", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    labels = [row["label"] for row in json.loads(out.read_text())["rows"]]
+    assert labels == ["prior", "exact", "importance(num_draws=40)"]
+    assert "How close one draw is" in result.stdout
+    assert "Saved to" in result.stderr
+
+
+def test_compare_takes_engines_with_commas_inside(spec: str) -> None:
+    engines = "exact, importance(num_draws=30, defensive=0.0),rejection"
+    result = call("compare", spec, "--engines", engines, "--json", "--repeats", "2")
+    data = json.loads(result.stdout)
+    assert [row["repeats"] for row in data["rows"]] == [2, 1, 2, 0]
+    assert "upper bound" in data["rows"][3]["reason"]
+
+
+def test_compare_without_a_list_takes_every_engine(spec: str, tmp_path: Path) -> None:
+    text = (tmp_path / "spec.py").read_text().replace("engines =", "others =")
+    (tmp_path / "plain.py").write_text(text)
+    data = json.loads(call("compare", "plain.py", "--json", "-n", "10").stdout)
+    assert [row["label"] for row in data["rows"]] == ["prior", *(kind.name for kind in lmppl.ENGINES)]
+
+
+def test_engines_of_ones_own_are_found_beside_the_spec(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "house_engines.py").write_text("from lmppl import Importance\nREADY = Importance(7)\n")
+    data = json.loads(call("infer", spec, "-e", "house_engines:READY", "--json").stdout)
+    assert data["num_draws"] == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["infer", "nowhere.py"], 2, "there is no such file"),
+        (["infer", "spec.py:nothing"], 2, "has no variable 'nothing'"),
+        (["infer", "spec.py", "-e", "importence"], 2, "did you mean 'importance'"),
+        (["infer", "spec.py", "-e", "importance(k=1)"], 2, "no argument is called 'k'"),
+        (["infer", "spec.py", "-e", "importance(0)"], 2, "expected at least 1"),
+        (["infer", "spec.py:broken", "-e", "importance"], 2, "factor 'one'"),
+        (["infer", "spec.py", "-n", "0"], 2, "greater than or equal to 1"),
+        (["infer", "spec.py", "-o", "x.txt"], 2, "the suffix must be one of .jsonl"),
+        (["infer", "spec.py", "-o", "no/where.jsonl"], 2, "there is no folder"),
+        (["infer"], 2, "Missing argument"),
+        (["compare", "spec.py", "--engines", "exact,,"], 2, "cannot read"),
+        (["compare", "spec.py", "-o", "x.html"], 2, "the suffix must be one of .json"),
+        (["infer", "spec.py", "-e", "rejection"], 3, "pass upper="),
+        (["infer", "spec.py:impossible", "-e", "importance"], 4, "weight zero"),
+        (["infer", "spec.py:impossible", "-e", "rejection(max_tries=50)"], 4, "0 of 50 draws accepted"),
+        (["infer", "spec.py:impossible"], 4, "Z"),
+        (["infer", "spec.py:pressed", "-e", "importance"], 5, "nothing is kept"),
+        (["compare", "spec.py:pressed"], 5, "Interrupted"),
+    ],
+)
+def test_exit_codes(spec: str, arguments: list[str], code: int, message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_a_full_disk_leaves_the_old_file(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "draws.jsonl"
+    out.write_text("old")
+
+    def full(self: Path, *arguments: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    result = call("infer", spec, "-e", "importance(10)", "--out", str(out))
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert out.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} <= {"spec.py", "draws.jsonl", "__pycache__"}
+
+
+def test_warnings_are_plain_lines_on_stderr(spec: str) -> None:
+    result = call("compare", spec, "--engines", "best_of_n(n=1)", "-n", "50")
+    assert result.exit_code == 0
+    assert "note  best_of_n:" in result.stderr
+
+
+def test_sentiment_is_bounded_and_hears_negations() -> None:
+    texts = ["wonderful", "not wonderful", "bad and boring", "good but bad", "a table", "", "didn't enjoy it"]
+    assert sentiment(texts) == [1.0, -1.0, -1.0, 0.0, 0.0, 0.0, -1.0]
+    assert is_impersonal(["a good film.", "I liked it", "it's for us", "mystery", "I'm glad"]) == [1, 0, 0, 1, 0]
+
+
+def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmppl.cli.demo.NUM_DRAWS", 40)
+    monkeypatch.setenv("COLUMNS", "100")
+    run_demo(0, False)
+    shown = capsys.readouterr().out
+    for text in (
+        "π*(x|c) ∝ π0(x|c)",
+        "draws of the posterior",
+        "best_of_n(n=8)",
+        "no result",
+        "Seen: the evidence moved",
+    ):
+        assert text in shown
+    assert shown.rstrip().splitlines()[-1].endswith(".")
+
+
+def test_the_demonstration_shows_its_engines_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Comparison] = []
+    compare = lmppl.compare
+
+    def kept(*arguments: object, **options: object) -> Comparison:
+        seen.append(compare(*arguments, **{**options, "num_draws": 40}))
+        return seen[-1]
+
+    monkeypatch.setattr("lmppl.cli.demo.compare", kept)
+    assert call("demo", "--no-progress").exit_code == 0
+    (table,) = seen
+    assert [row.label for row in table.rows if row.figures] == ["prior", "rejection", "importance", "best_of_n(n=8)"]
+    assert "exact enumeration" in table["exact"].reason
+    assert table["rejection"]["mean:sentiment"].value > table["prior"]["mean:sentiment"].value + 0.4

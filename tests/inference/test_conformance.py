@@ -1,0 +1,58 @@
+"""Every engine on every reference posterior that it supports: what it guarantees, it keeps."""
+
+import pytest
+
+from lmppl.inference import ENGINES, Exact, Guarantee, Importance, Rejection
+from lmppl.testing import check_engine, references
+
+ENUMERABLE = {r.name for r in references() if r.posterior is not None}
+EVERYTHING = {r.name for r in references()}
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """The report of each engine's check, run once; an engine that fails its check raises here."""
+    done = {}
+
+    def report(kind):
+        if kind not in done:
+            done[kind] = check_engine(kind())
+        return done[kind]
+
+    return report
+
+
+def supported(report):
+    return EVERYTHING - {law.split("'")[1] for law in report.skipped if law.startswith("reference ")}
+
+
+@pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.name)
+def test_an_engine_keeps_its_guarantee(kind, reports):
+    report = reports(kind)
+    assert "equal seeds give equal draws" in report.held
+    assert "shards depend on seed and id alone" in report.held
+    if kind.guarantee is Guarantee.EXACT:
+        assert "draws have the law π*" in report.held
+    if kind.guarantee is Guarantee.CONSISTENT:
+        assert "expectations are within 4.5 standard errors" in report.held
+    assert report.error_rate < 5e-3
+
+
+def test_the_exact_engine_supports_everything(reports):
+    assert supported(reports(Exact)) == EVERYTHING
+
+
+def test_rejection_supports_what_is_bounded(reports):
+    assert supported(reports(Rejection)) == EVERYTHING - {"unbounded_reward"}
+
+
+def test_importance_supports_everything(reports):
+    assert supported(reports(Importance)) == EVERYTHING
+
+
+@pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.name)
+def test_a_refusal_says_why_and_what_to_do(kind, reports):
+    for law, reason in reports(kind).skipped.items():
+        if law.startswith("reference "):
+            assert reason.startswith((kind.name, "exact enumeration")), reason
+            assert ";" in reason, f"a reason says how to fix it: {reason}"
