@@ -1,7 +1,7 @@
 """Token sequences, weighted draws, estimates and costs: the plain data that every layer passes on.
 
-Shape glossary: N draws, C contexts, T tokens (the cap), V vocabulary, H hidden size. Ids are int64; log-probabilities are
-float32 or float64, in nats; `num_draws` is always per context.
+Shape glossary: N draws, C contexts, T tokens (the cap), V vocabulary, H hidden size. Ids are int64; log-probabilities
+are float32 or float64, in nats; `num_draws` is always per context.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class Sequences:
                 changes[item.name] = {k: v[index] for k, v in value.items()}
         chosen = replace(self, **changes)
         if "text" in self.__dict__:
-            rows = range(len(self))[index] if isinstance(index, slice) else torch.arange(len(self))[index.cpu()].tolist()
+            rows = (
+                range(len(self))[index] if isinstance(index, slice) else torch.arange(len(self))[index.cpu()].tolist()
+            )
             chosen.__dict__["text"] = [self.text[i] for i in rows]
         return chosen
 
@@ -138,7 +140,7 @@ class Sequences:
 class Draws(Sequences):
     """Sequences with what was computed on the way: weights, log-densities, raw features, factor values.
 
-    The rows of one context stand for the posterior when weighted by w = exp(`log_weight`), normalised within the context.
+    The rows of one context stand for the posterior when weighted by w = exp(`log_weight`), normalised in each context.
 
     Parameters
     ----------
@@ -215,12 +217,13 @@ class Draws(Sequences):
         if num_draws is not None and num_draws < 1:
             raise ModelError(f"resample: got num_draws={num_draws}, expected at least 1")
         weights, chosen = self.weights, []
+        source = torch.device("cpu") if generator is None else generator.device
         for c in range(self.num_contexts):
             rows = torch.nonzero(self.context == c).squeeze(1)
             if len(rows) == 0 or float(weights[rows].sum()) == 0.0:
                 raise ModelError(f"resample: context {c} has no draw of positive weight")
             n = len(rows) if num_draws is None else num_draws
-            start = torch.rand((), generator=generator, dtype=torch.float64).to(rows.device)
+            start = torch.rand((), generator=generator, dtype=torch.float64, device=source).to(rows.device)
             points = (torch.arange(n, dtype=torch.float64, device=rows.device) + start) / n
             edges = weights[rows].cumsum(0)
             index = torch.searchsorted(edges / edges[-1], points, right=True)
@@ -273,7 +276,9 @@ def concatenate(parts: Sequence[S], pad_id: int = 0) -> S:
         raise ModelError("concatenate: got no parts, expected at least one")
     first = parts[0]
     if any(p.prompts != first.prompts for p in parts):
-        raise ModelError("concatenate: parts differ in their prompts, so that equal context indices mean different ones")
+        raise ModelError(
+            "concatenate: parts differ in their prompts, so that equal context indices mean different ones"
+        )
     width = max(p.ids.shape[1] for p in parts)
     changes: dict[str, Any] = {}
     for item in fields(first):

@@ -20,7 +20,7 @@ EXIT_CODES = (
     "4 no outcome satisfies the evidence · 5 interrupted (whole shards are kept and saved) · 1 any other error."
 )
 SPEC_HELP = "SPEC.py, or SPEC.py:name of the model in it."
-ENGINE_HELP = "A name, 'importance(num_draws=4096)', or package.module:MyEngine(...)."
+ENGINE_HELP = "A name, 'importance(4096)', or package.module:MyEngine(...)."
 
 app = typer.Typer(
     name="lmppl",
@@ -35,11 +35,16 @@ app = typer.Typer(
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP, show_default=False)]
 NumDraws = Annotated[
-    int | None, typer.Option("--num-draws", "-n", min=1, help="Draws per context; by default the engine's.")
+    int | None,
+    typer.Option("--num-draws", "-n", min=1, metavar="N", help="Draws per context; by default the engine's."),
 ]
-Seed = Annotated[int, typer.Option(help="The same seed and plan give the same draws.")]
-Tokens = Annotated[int | None, typer.Option("--budget-tokens", min=1, help="Stop after so many LM tokens.")]
-Seconds = Annotated[float | None, typer.Option("--budget-seconds", min=0.0, help="Stop after so many seconds.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="The same seed and plan give the same draws.")]
+Tokens = Annotated[
+    int | None, typer.Option("--budget-tokens", min=1, metavar="N", help="Stop after so many LM tokens.")
+]
+Seconds = Annotated[
+    float | None, typer.Option("--budget-seconds", min=0.0, metavar="S", help="Stop after so many seconds.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output on stdout, and nothing else there.")]
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="A progress bar; by default where stderr is a terminal.")
@@ -77,13 +82,15 @@ def demo(
     with exit_codes():
         from lmppl.cli.demo import run_demo
 
-        run_demo(seed, progress)
+        if not run_demo(seed, progress):
+            say("Interrupted: the rows are those that were finished.", "yellow")
+            raise typer.Exit(INTERRUPTED)
 
 
 @app.command(epilog=EXIT_CODES)
 def check(
     spec: SpecArgument,
-    draws: Annotated[int, typer.Option(min=0, help="Prior draws on which each factor is tried.")] = 4,
+    draws: Annotated[int, typer.Option(min=0, metavar="N", help="Prior draws on which each factor is tried.")] = 4,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -103,14 +110,16 @@ def check(
 def infer(
     spec: SpecArgument,
     engine: Annotated[
-        str | None, typer.Option("--engine", "-e", help=f"{ENGINE_HELP} By default the first that can run.")
+        str | None,
+        typer.Option("--engine", "-e", metavar="ENGINE", help=f"{ENGINE_HELP} By default the first that can run."),
     ] = None,
     num_draws: NumDraws = None,
     seed: Seed = 0,
     budget_tokens: Tokens = None,
     budget_seconds: Seconds = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Save the draws: .jsonl, .safetensors or .parquet.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Save the draws: .jsonl, .safetensors or .parquet."),
     ] = None,
     as_json: AsJson = False,
     progress: Progress = None,
@@ -149,24 +158,26 @@ def compare(
     engines: Annotated[
         str | None,
         typer.Option(
-            help=f"Separated by commas. {ENGINE_HELP} By default the spec's list `engines`, else every engine."
+            metavar="LIST",
+            help=f"Separated by commas. {ENGINE_HELP} By default the spec's list `engines`, else every engine.",
         ),
     ] = None,
     num_draws: NumDraws = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Independent runs of each engine.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Independent runs of each engine.")] = 1,
     seed: Seed = 0,
     budget_tokens: Tokens = None,
     budget_seconds: Seconds = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Save the comparison: .json, .csv or .md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Save the comparison: .json, .csv or .md.")
+    ] = None,
     as_json: AsJson = False,
     progress: Progress = None,
 ) -> None:
     """Run several engines on one declaration, and say how well each approximates the same posterior."""
     with exit_codes(), results_on(as_json) as stdout:
-        from rich.console import Console
         from rich.text import Text
 
-        from lmppl.cli.reporting import check_folder
+        from lmppl.cli.reporting import check_folder, screen
         from lmppl.cli.spec import add_import_folders, load_spec
         from lmppl.comparison import compare as run
         from lmppl.inference.resolve import ENGINES, parse_engine, split_engines
@@ -185,7 +196,7 @@ def compare(
         if as_json:
             _write_json(result.as_dict(), stdout)
         else:
-            console = Console(highlight=False)
+            console = screen()
             console.print(Text(result.formula, style="bold"))
             console.print(result)
         if out is not None:

@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from lmppl.cli.reporting import one_line
+from lmppl.cli.reporting import one_line, screen
 from lmppl.cli.spec import Spec
 from lmppl.inference.engine import Engine
 from lmppl.inference.resolve import ENGINES, parse_engine
@@ -81,13 +80,13 @@ def _finite(value: float) -> float | str:
 
 def print_check(report: dict[str, Any]) -> None:
     """The report for people, on stdout."""
-    console = Console(highlight=False)
+    console = screen()
     console.print(Text(report["formula"], style="bold"))
     console.print()
     console.print(_tree(report))
     if report["tried"]:
         console.print()
-        console.print(Text("On draws of the prior", style="bold"))
+        console.print(Text("On draws of the prior: log φ of each factor", style="bold"))
         console.print(_trial_table(report))
     console.print()
     console.print(Text("Engines", style="bold"))
@@ -117,7 +116,7 @@ def _trial_table(report: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
     for name in names:
-        table.add_column(Text(f"log φ {name}"), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True, min_width=max(7, len(name)))
     for row in report["tried"]:
         values = (row["log_factors"][name] for name in names)
         cells = ("-∞" if isinstance(v, str) else f"{v:.3f}" for v in values)

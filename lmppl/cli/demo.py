@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lmppl.cli.reporting import one_line
+from lmppl.cli.reporting import one_line, screen
 from lmppl.cli.sentiment import is_impersonal, sentiment
 from lmppl.comparison import Comparison, compare
 from lmppl.inference.best_of_n import BestOfN
@@ -39,9 +39,15 @@ def demo_model() -> Model:
     return prior * Reward(sentiment, beta=0.5, upper=1) * Constraint(is_impersonal)
 
 
-def run_demo(seed: int, progress: bool | None) -> None:
-    """Print the declaration, draws before and after the evidence, the comparison, and what was seen."""
-    console = Console(highlight=False)
+def run_demo(seed: int, progress: bool | None) -> bool:
+    """Print the declaration, draws before and after the evidence, the comparison, and what was seen.
+
+    Returns
+    -------
+    bool
+        False where Ctrl-C ended it.
+    """
+    console = screen()
     model = demo_model()
     console.print(Text(PROGRAM, style="cyan"), soft_wrap=True)
     console.print()
@@ -57,6 +63,7 @@ def run_demo(seed: int, progress: bool | None) -> None:
     if not result.interrupted:
         console.print()
         console.print(Text(summary(result), style="bold"))
+    return not result.interrupted
 
 
 def _side_by_side(before: Draws, after: Draws, width: int) -> Group:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmppl.errors import ModelError
+from lmppl.errors import MissingDependency, ModelError
 from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Guarantee
 from lmppl.sequences import Draws
 
-__all__ = ["check_folder", "one_line", "print_run", "run_as_dict"]
+__all__ = ["check_folder", "one_line", "print_run", "run_as_dict", "screen"]
 
 SHOWN = 5
+PIPE_WIDTH = 100
 SUFFIXES = (".jsonl", ".safetensors", ".parquet")
+
+
+def screen() -> Console:
+    """Standard output: as wide as the terminal, or 100 columns where it is a pipe or a file."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else PIPE_WIDTH)
 
 
 def check_folder(out: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> None:
@@ -29,11 +39,15 @@ def check_folder(out: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> None
     ------
     ModelError
         On another suffix, and where the folder does not exist.
+    MissingDependency
+        For `.parquet` without the extra `data`.
     """
     if out is None:
         return
     if out.suffix not in suffixes:
         raise ModelError(f"--out {out}: the suffix must be one of {', '.join(suffixes)}")
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise MissingDependency("--out .parquet needs pyarrow: pip install 'lmppl[data]'")
     if not out.resolve().parent.is_dir():
         raise ModelError(f"--out {out}: there is no folder {out.resolve().parent}")
 
@@ -72,7 +86,7 @@ def _estimate(result: Approximation, context: int) -> dict[str, Any] | None:
 
 def print_run(result: Approximation, out: Path | None) -> None:
     """Formula, log Z, cost and a few draws of the posterior, on stdout."""
-    console, draws = Console(highlight=False), result.draws
+    console, draws = screen(), result.draws
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim")
     facts.add_column()

@@ -21,6 +21,7 @@ from lmppl.comparison.figures import Figure, Relation, missing
 from lmppl.comparison.laws import NO_WEIGHTS, Law, log_ratios
 from lmppl.comparison.reference import Reference
 from lmppl.diagnostics import (
+    binomial_upper,
     effective_sample_size,
     elbo,
     eubo,
@@ -31,6 +32,7 @@ from lmppl.diagnostics import (
     total_variation_from_weights,
     zero_weight_share,
 )
+from lmppl.diagnostics.weights import KHAT_LIMIT
 from lmppl.modeling.target import log_evidence
 
 __all__ = ["closeness", "expected_total_variation"]
@@ -39,6 +41,10 @@ OWN_LOG_Z = "with log Z from weighted draws: too small where they miss mass"
 UNKNOWN_DENSITY = "log q of its draws is not known"
 OUTSIDE = "some draws of q have γ = 0"
 TABLE = "a table of all outcomes, not draws"
+HEAVY = f"k̂ > {KHAT_LIMIT}: weighted figures of this row are not to be trusted"
+UNSEEN = "no draw has γ = 0; if q gives such texts any probability, this is ∞"
+NONE_SEEN = "95 % bound: no draw shows it"
+ALL_ZERO = "every draw has γ = 0"
 BY_CONSTRUCTION = "0 by construction: its draws are from π*"
 ROUNDING = 1e-4  # how far float32 log-probabilities of a table are from summing to 1
 
@@ -89,31 +95,40 @@ def _from_draws(law: Law, reference: Reference | None, context: int, log_q: Tens
     lower = elbo(log_w)
     relation: Relation = "≈" if biased else "="
     note = OWN_LOG_Z if biased else ""
-    infinite = float(lower.value) == -math.inf
-    reverse = Figure(
-        math.inf if infinite else log_z - float(lower.value),
-        None if infinite else _root(lower.standard_error, log_z_error),
-        relation="=" if infinite else relation,
-        note=OUTSIDE if infinite else note,
-    )
-    short = total_variation_from_weights(log_w, log_z) if len(log_w) > 1 else None
-    tv = missing("one draw")
+    if float(lower.value) == -math.inf:
+        reverse = Figure(math.inf, note=OUTSIDE)
+    elif law.may_violate:
+        error = _root(lower.standard_error, log_z_error)
+        reverse = Figure(log_z - float(lower.value), error, relation="≥", note=UNSEEN)
+    else:
+        reverse = Figure(
+            log_z - float(lower.value), _root(lower.standard_error, log_z_error), None, relation, note=note
+        )
+    short = total_variation_from_weights(log_w, log_z) if len(log_w) > 1 and log_z > -math.inf else None
+    tv = missing(ALL_ZERO if log_z == -math.inf else "one draw")
     if short is not None:
         tv = Figure(float(short.value), _number(short.standard_error), None, relation, note=note)
-    share = float(zero_weight_share(log_w))
     return {
         "kl_reverse": reverse,
         "kl_forward": _forward(log_w, reference, context, log_q),
         "tv": tv,
-        "zero": Figure(share, math.sqrt(share * (1 - share) / len(log_w))),
+        "zero": _zero_share(law, log_w),
     }
+
+
+def _zero_share(law: Law, log_w: Tensor) -> Figure:
+    """Pr_q(γ = 0): the share among the draws; where none is among them, its 95 % upper bound."""
+    count, share = len(log_w), float(zero_weight_share(log_w))
+    if share == 0.0 and law.may_violate:
+        return Figure(float(binomial_upper(torch.tensor(0), torch.tensor(count))), relation="≤", note=NONE_SEEN)
+    return Figure(share, math.sqrt(share * (1 - share) / count))
 
 
 def _forward(log_w: Tensor, reference: Reference | None, context: int, log_q: Tensor | None) -> Figure:
     """KL(π*‖q) over draws of π* where there are any, else from the row's own weights."""
     if reference is None or log_q is None or not reference.exact:
         if float(zero_weight_share(log_w)) == 1.0:
-            return missing("every draw has γ = 0")
+            return missing(ALL_ZERO)
         own = self_normalised_kl(log_w)
         note = f"from its own weights: blind to modes it misses, and {own.note}"
         return Figure(float(own.value), _number(own.standard_error), relation="≈", note=note)
@@ -133,12 +148,12 @@ def _without_density(law: Law, reference: Reference | None, context: int) -> dic
     unknown = missing(UNKNOWN_DENSITY)
     rows = law.draws.context == context
     evidence = log_evidence(law.draws.select(rows))
-    share = float((evidence == -math.inf).double().mean())
-    figures = {"kl_reverse": unknown, "kl_forward": unknown, "tv": unknown}
-    figures["zero"] = Figure(share, math.sqrt(share * (1 - share) / len(evidence)))
+    figures = {"kl_reverse": unknown, "kl_forward": unknown, "tv": unknown, "zero": _zero_share(law, evidence)}
     bound = law.kl_to_prior_bound
-    if share > 0:
+    if bool((evidence == -math.inf).any()):
         figures["kl_reverse"] = Figure(math.inf, note=OUTSIDE)
+    elif law.may_violate:
+        figures["kl_reverse"] = missing(f"{UNKNOWN_DENSITY}; ∞ if q can violate a constraint")
     elif bound is not None and reference is not None:
         spent = float(evidence.std()) / math.sqrt(len(evidence)) if len(evidence) > 1 else None
         error = None if spent is None else math.hypot(spent, float(reference.log_z_error[context]))
@@ -153,10 +168,12 @@ def _effective(law: Law, context: int) -> dict[str, Figure]:
     if law.has_weights:
         log_w = _log_weights(law, context)
         if float(zero_weight_share(log_w)) == 1.0:
-            none = missing("every draw has γ = 0")
+            none = missing(ALL_ZERO)
             return {"ess": Figure(0.0), "k_hat": none}
         shape = pareto_khat(log_w)
-        k_hat = missing(shape.note) if math.isnan(shape.value) else Figure(shape.value)
+        k_hat = missing(shape.note)
+        if not math.isnan(shape.value):
+            k_hat = Figure(shape.value, note=HEAVY if shape.value > KHAT_LIMIT else "")
         return {"ess": Figure(float(effective_sample_size(log_w))), "k_hat": k_hat}
     if law.tabulated:
         return {"ess": missing(TABLE), "k_hat": missing(TABLE)}

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, replace
 
+from lmppl.comparison.as_is import AsIs
 from lmppl.comparison.closeness import closeness
-from lmppl.comparison.figures import Figure, average, missing, spread
+from lmppl.comparison.figures import Figure, average, missing, spread, worst
 from lmppl.comparison.laws import Law, law_of
 from lmppl.comparison.reference import TABLE_GUARD, Reference
 from lmppl.comparison.result import Comparison, Row
 from lmppl.comparison.summaries import summaries
-from lmppl.errors import InterruptedRun, LmpplError, ModelError, UnsupportedModel
+from lmppl.errors import InterruptedRun, LmpplError, ModelError, SupportTooLarge
 from lmppl.inference.approximation import Approximation, ExactTable
 from lmppl.inference.engine import Budget, Engine, Guarantee, infer, require_instance
 from lmppl.inference.exact import Exact
-from lmppl.inference.importance import Importance
 from lmppl.inference.resolve import parse_engine
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
@@ -75,10 +75,10 @@ def compare(
     Columns, in nats: log Z with its 95 % interval; KL of the row's law to π0; the mean of every raw feature and the
     share that satisfies every hard constraint; KL(q‖π*) = log Z − E_q[log w], ∞ where q can violate a hard constraint;
     KL(π*‖q) = E_π*[log w] − log Z over exact draws of the reference, which alone see missed modes; TV = E_q[(1 −
-    w/Z)₊]; Pr_q(γ = 0); ESS = (Σw)²/Σw²; Pareto k̂. Where π* is a table the divergences are exact, and the TV of the
-    draws' weighted empirical law stands beside the expected TV of as many exact draws. Then the cost. A figure that
-    cannot be computed is "—", with the reason below the table. With several contexts figures are averaged over them;
-    `per_context` has each.
+    w/Z)₊]; Pr_q(γ = 0), or its 95 % bound where no draw shows it; ESS = (Σw)²/Σw²; Pareto k̂. Where π* is a table
+    the divergences are exact, and the TV of the draws' weighted empirical law stands beside the expected TV of as
+    many exact draws. Then the cost. A figure that cannot be computed is "—", with the reason below the table. With
+    several contexts figures are averaged over them, but for k̂, which is the worst; `per_context` has each.
 
     Parameters
     ----------
@@ -110,12 +110,16 @@ def compare(
     ------
     ModelError
         Where an argument is wrong, before anything runs.
+
+    References
+    ----------
+    eikema2022 for the divergences, kong1992, vehtari2024, beirami2024
     """
     if not isinstance(model, Model):
         model = Model(model)
     if repeats < 1:
         raise ModelError(f"repeats: got {repeats}, expected at least 1")
-    runs = [_Run("prior", model.prior), *_entries(engines, model)]
+    runs = [_Run("prior", model.prior), *_entries(engines, model, num_draws)]
     if reference is not None:
         Reference.of(reference, model)
     interrupted = False
@@ -147,11 +151,11 @@ def compare(
         repeats=repeats,
         seed=seed,
         interrupted=interrupted,
-        not_run=tuple(run.label for run in runs if run not in started),
+        not_run=tuple(run.label for run in runs if run.label not in {row.label for row in rows}),
     )
 
 
-def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model) -> list[_Run]:
+def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model, num_draws: int | None) -> list[_Run]:
     if isinstance(engines, str | Engine | LanguageModel | Approximation):
         raise ModelError(f"engines: got one {type(engines).__name__}, expected a list: [{engines!r}]")
     named = engines.items() if isinstance(engines, Mapping) else ((None, e) for e in engines)
@@ -163,7 +167,7 @@ def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model) -
             _require_same_model(entrant, model)
         elif not isinstance(entrant, LanguageModel):
             require_instance(entrant)
-        wanted = _label(entrant) if label is None else label
+        wanted = _label(entrant, num_draws) if label is None else label
         unique, number = wanted, 2
         while unique in taken:
             unique, number = f"{wanted} #{number}", number + 1
@@ -172,8 +176,11 @@ def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model) -
     return runs
 
 
-def _label(entrant: Engine | LanguageModel | Approximation) -> str:
+def _label(entrant: Engine | LanguageModel | Approximation, num_draws: int | None) -> str:
     if isinstance(entrant, Engine):
+        default = {f.name: f.default for f in fields(entrant)}.get("num_draws", MISSING)
+        if num_draws is not None and default is not MISSING:  # the engine's own number is overruled, so not shown
+            entrant = replace(entrant, num_draws=default)
         return str(entrant)
     if isinstance(entrant, Approximation):
         return str(entrant.engine or type(entrant).__name__)
@@ -201,20 +208,14 @@ def _execute(
     if isinstance(run.entrant, Approximation):
         run.done.append(run.entrant)
         return
-    engine = Importance(proposal=run.entrant) if isinstance(run.entrant, LanguageModel) else run.entrant
+    engine = AsIs(run.entrant) if isinstance(run.entrant, LanguageModel) else run.entrant
     for number in range(repeats):
         try:
             result = infer(model, engine, num_draws, budget=budget, seed=seed + number, progress=progress)
-        except InterruptedRun as error:
+        except (InterruptedRun, KeyboardInterrupt) as error:
             raise _Interrupted from error
-        except KeyboardInterrupt as error:
-            raise _Interrupted from error
-        except UnsupportedModel as error:
-            run.reason = str(error)
-            return
         except LmpplError as error:
-            run.reason = str(error) if repeats == 1 else f"repeat {number + 1} of {repeats} failed: {error}"
-            log.warning("%s: %s", run.label, error)
+            run.reason = f"repeat {number + 1} of {repeats} failed: {error}" if number else str(error)
             return
         run.done.append(result)
         if result.status == "interrupted" and not (budget is not None and budget.spent(result.cost)):
@@ -236,8 +237,10 @@ def _reference(
     if not tables and search and engine.unsupported_reason(TargetForm.of(model)) is None:
         try:
             tables = [a for a in [infer(model, engine, seed=seed, progress=False)] if isinstance(a, ExactTable)]
+        except SupportTooLarge:
+            log.debug("more than %d outcomes: no table of π*", TABLE_GUARD)
         except LmpplError as error:
-            log.info("no exact reference: %s", error)
+            log.warning("no table of π*: %s", error)
     best = [*tables, *exact]
     return Reference.of(best[0], model) if best else None
 
@@ -266,7 +269,8 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
 def _combine(parts: Sequence[dict[str, Figure]], how: Callable[[Sequence[Figure]], Figure]) -> dict[str, Figure]:
     """Column by column."""
     names = list(dict.fromkeys(name for part in parts for name in part))
-    return {name: how([part.get(name, missing("not in every part")) for part in parts]) for name in names}
+    columns = {name: [part.get(name, missing("not in every part")) for part in parts] for name in names}
+    return {name: (worst if name == "k_hat" else how)(figures) for name, figures in columns.items()}
 
 
 def _over_repeats(figures: Sequence[Figure]) -> Figure:

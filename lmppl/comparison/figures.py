@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Figure", "Relation", "average", "missing", "spread"]
+__all__ = ["Figure", "Relation", "average", "missing", "spread", "worst"]
 
-Relation = Literal["=", "≈", "≤"]
+Relation = Literal["=", "≈", "≤", "≥"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Figure:
         Standard error of `value`; 0 where it is exact; None where no honest one is known.
     interval : (float, float), optional
         Confidence interval at 95 %.
-    relation : {"=", "≈", "≤"}
-        "=": an unbiased estimate or exact; "≈": an estimate with a bias that the note names; "≤": an upper bound.
+    relation : {"=", "≈", "≤", "≥"}
+        "=": an unbiased estimate or exact; "≈": an estimate with a bias that the note names; "≤": the truth is at most
+        this, or "≥" at least.
     spread : float, optional
         Standard deviation over repeats.
     note : str
@@ -73,7 +74,8 @@ def average(figures: Sequence[Figure]) -> Figure:
     ends = [f.interval for f in figures if f.interval is not None]
     n = len(figures)
     relations = {f.relation for f in figures}
-    relation: Relation = "≈" if "≈" in relations else "≤" if "≤" in relations else "="
+    bounds = relations - {"="}
+    relation: Relation = "=" if not bounds else bounds.pop() if len(bounds) == 1 else "≈"
     return Figure(
         value=sum(values) / n,
         error=math.sqrt(sum(e * e for e in errors)) / n if len(errors) == n else None,
@@ -81,6 +83,16 @@ def average(figures: Sequence[Figure]) -> Figure:
         relation=relation,
         note=next((f.note for f in figures if f.note), ""),
     )
+
+
+def worst(figures: Sequence[Figure]) -> Figure:
+    """The largest, for a figure that warns where it is large; one that says nothing only hides a small one."""
+    known = [f for f in figures if f.value is not None]
+    absent = [f for f in figures if f.value is None]
+    largest = max(known, key=lambda f: f.value or 0.0, default=None)
+    if largest is None or (absent and not largest.note):
+        return absent[0]
+    return largest
 
 
 def spread(values: Sequence[float]) -> float | None:

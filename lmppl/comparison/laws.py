@@ -60,6 +60,13 @@ class Law:
         return self.kind in ("proposal", "policy")
 
     @property
+    def may_violate(self) -> bool:
+        """Whether q could give outcomes with γ = 0 some probability without any draw showing it."""
+        model = self.approximation.model
+        soft = model is not None and all(f.hard is False for f in model.factors)
+        return self.kind in ("policy", "proposal", "other") and not soft
+
+    @property
     def weights(self) -> Tensor:
         """(N,) what the row's means use: the engine's weights; equal ones for a policy, which is taken as it is."""
         if self.kind != "policy":
@@ -70,6 +77,10 @@ class Law:
     def log_q(self, reference: Reference, context: int) -> Tensor | None:
         """(S,) log q of the reference's rows of one context, in nats; None where it cannot be computed."""
         rows = reference.draws.context == context
+        model = self.approximation.model
+        if self.density is not None and model is not None and self.density is model.prior:
+            known = reference.draws.log_prior
+            return None if known is None else known[rows].double()
         if self.density is not None:
             return self.density.score(reference.draws.select(rows).sequences).double()
         engine = self.approximation.engine

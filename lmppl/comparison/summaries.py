@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from lmppl.comparison.figures import Figure, missing
+from lmppl.comparison.figures import Figure, Relation, missing
 from lmppl.comparison.laws import NO_WEIGHTS, Law
 from lmppl.comparison.reference import Reference
+from lmppl.diagnostics import binomial_upper
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import log_evidence
 
@@ -33,8 +34,18 @@ def summaries(law: Law, reference: Reference | None, model: Model, context: int)
         value = draws.log_factors[factor.name].double()
         alive = torch.where(value.isnan(), value, (value > -math.inf).double())
         if factor.hard is not False:
-            figures[f"satisfied:{factor.name}"] = _mean(alive, weights, exact=law.tabulated)
+            figures[f"satisfied:{factor.name}"] = _satisfied(law, alive, weights)
     return figures
+
+
+def _satisfied(law: Law, alive: Tensor, weights: Tensor) -> Figure:
+    """The share with φ > 0. π* has no other texts; elsewhere, where no draw violates, the 95 % lower bound."""
+    if law.kind in ("posterior", "proposal"):
+        return _mean(alive, weights, exact=True)
+    if bool((alive == 1).all()):
+        seen = float(binomial_upper(torch.tensor(0), torch.tensor(len(alive))))
+        return Figure(1.0 - seen, relation="≥", note="95 % bound: no draw shows it")
+    return _mean(alive, weights, exact=False)
 
 
 def _components(name: str, column: Tensor) -> list[tuple[str, Tensor]]:
@@ -69,11 +80,13 @@ def _mean(values: Tensor, weights: Tensor, *, exact: bool) -> Figure:
 def _log_z(law: Law, context: int) -> Figure:
     estimates = law.approximation.log_normalizer
     if not estimates:
-        return missing(NO_WEIGHTS)
+        return missing("every draw has γ = 0" if law.has_weights else NO_WEIGHTS)
     best = estimates[0]
     interval = None if best.interval is None else (float(best.interval[context, 0]), float(best.interval[context, 1]))
     error = None if best.standard_error is None else float(best.standard_error[context])
-    return Figure(float(best.value[context]), error, interval, note=best.note)
+    relations: dict[str, Relation] = {"lower_bound": "≥", "upper_bound": "≤"}
+    relation = relations.get(best.kind, "=")
+    return Figure(float(best.value[context]), error, interval, relation, note=best.note)
 
 
 def _kl_to_prior(law: Law, reference: Reference | None, context: int) -> Figure:

@@ -124,7 +124,7 @@ def _cell(figure: Figure | None, column: Column, notes: Notes) -> str:
         text += f" [{_number(figure.interval[0], kind)}, {_number(figure.interval[1], kind)}]"
     elif figure.error and math.isfinite(figure.error) and kind == "nats":
         text += f" ±{_number(figure.error, kind)}"
-    if note and (figure.relation != "=" or not math.isfinite(figure.value)):
+    if note and (figure.relation != "=" or not math.isfinite(figure.value) or column.key == "k_hat"):
         text += f" {notes.mark(note)}"
     return text
 

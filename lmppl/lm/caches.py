@@ -1,10 +1,10 @@
 """Key-value caches that a decoder can extend, select and crop without copying what stays.
 
-A cache of `BufferedLayer`s keeps every position of every layer, rows right-aligned: the last token of each row is in the
-last column, and a row that is shorter than the widest one starts further right. Masks that models derive from column
-distances (sliding windows, relative biases) are then right for every row, which masked holes in the middle are not.
-Architectures with recurrent state need the cache that transformers builds from the config; rows of that one can be
-selected, but not cut back.
+A cache of `BufferedLayer`s keeps every position of every layer, rows right-aligned: the last token of each row is in
+the last column, and a row that is shorter than the widest one starts further right. Masks that models derive from
+column distances (sliding windows, relative biases) are then right for every row, which masked holes in the middle are
+not. Architectures with recurrent state need the cache that transformers builds from the config; rows of that one can
+be selected, but not cut back.
 
 Imports transformers, so it is imported when a model is loaded, not with lmppl.
 """
@@ -49,7 +49,9 @@ class BufferedLayer(DynamicLayer):
         self.rows, before = key_states.shape[0], self.length
         self.length += key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.tracked):
-            self.key_buffer = key_states if before == 0 else torch.cat([self._columns(self.key_buffer, before), key_states], 2)
+            self.key_buffer = (
+                key_states if before == 0 else torch.cat([self._columns(self.key_buffer, before), key_states], 2)
+            )
             self.value_buffer = (
                 value_states if before == 0 else torch.cat([self._columns(self.value_buffer, before), value_states], 2)
             )

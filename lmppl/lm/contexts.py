@@ -45,8 +45,9 @@ def list_contexts(context: Any) -> list[Context]:
 
 
 def encode_context(context: Context, tokenizer: Any, *, chat_template: str | None = None) -> Encoded:
-    """One context as token ids, special tokens as the tokenizer adds them; the empty one is BOS, or EOS where the tokenizer
-    has no BOS.
+    """One context as token ids, special tokens as the tokenizer adds them.
+
+    The empty context is BOS, or EOS where the tokenizer has no BOS.
 
     Raises
     ------
@@ -72,8 +73,10 @@ def encode_context(context: Context, tokenizer: Any, *, chat_template: str | Non
 
 
 def _without_closing(tokenizer: Any, text: str) -> list[int]:
-    """The ids of `text` with what the tokenizer puts before it, and without what it puts after it: an EOS there would say
-    that the text is over."""
+    """The ids of `text` with what the tokenizer puts before it, and without what it puts after it.
+
+    An EOS there would say that the text is over.
+    """
     bare = list(tokenizer(text, add_special_tokens=False).input_ids)
     ids = list(tokenizer(text).input_ids)
     eos = tokenizer.eos_token_id
@@ -91,9 +94,7 @@ def _render(turns: list[dict[str, str]], tokenizer: Any, chat_template: str | No
         raise ContextError(
             "context: got chat turns, but this tokenizer has no chat template; pass chat_template=, or a string context"
         )
-    text = tokenizer.apply_chat_template(
-        turns, chat_template=chat_template, add_generation_prompt=True, tokenize=False
-    )
+    text = tokenizer.apply_chat_template(turns, chat_template=chat_template, add_generation_prompt=True, tokenize=False)
     return str(text)
 
 

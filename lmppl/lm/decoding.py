@@ -16,7 +16,15 @@ from lmppl.errors import ModelError
 from lmppl.lm.base import Decoder, LanguageModel, State, Step, guard_support
 from lmppl.sequences import Cost, Draws, Sequences, concatenate
 
-__all__ = ["CountingDecoder", "draw", "draw_rows", "enumerate_outcomes", "plan_rows", "sample_tokens", "token_log_probs"]
+__all__ = [
+    "CountingDecoder",
+    "draw",
+    "draw_rows",
+    "enumerate_outcomes",
+    "plan_rows",
+    "sample_tokens",
+    "token_log_probs",
+]
 
 MEMORY_BUDGET = 1 << 30  # bytes that one micro-batch may take
 SCORED_POSITIONS = 2048  # tokens in one teacher-forced micro-batch: more fit in memory, but not in a processor's cache
@@ -31,7 +39,9 @@ class CountingDecoder:
         self.cost = cost
         self._context_lengths = lm.context_lengths
 
-    def prefill(self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Step, State]:
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, State]:
         """As `Decoder.prefill`."""
         self.cost.lm_forwards += 1
         self.cost.lm_tokens += int(self._context_lengths[context.cpu()].sum())
@@ -71,9 +81,9 @@ def _even(num_rows: int, size: int) -> int:
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from softmax(logits) by inverting its distribution function, and score it.
 
-    The distribution function is summed in two levels of about √V entries, blocks first and then inside one block, in float64
-    (float32 on devices without it): one pass of exponentials, and tail tokens keep their probability to float32's relative,
-    not absolute, precision.
+    The distribution function is summed in two levels of about √V entries, blocks first and then inside one block, in
+    float64 (float32 on devices without it): one pass of exponentials, and tail tokens keep their probability to
+    float32's relative, not absolute, precision.
 
     Parameters
     ----------
@@ -116,8 +126,10 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _invert(edges: Tensor, target: Tensor) -> Tensor:
-    """First index whose edge exceeds the target; rounding can lift a target to the last edge, which then stands for the
-    last index of positive mass."""
+    """First index whose edge exceeds the target.
+
+    Rounding can lift a target to the last edge, which then stands for the last index of positive mass.
+    """
     index = torch.searchsorted(edges, target, right=True)
     last = (edges < edges[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(index, last)
@@ -150,7 +162,9 @@ def draw_rows(
     decoder = CountingDecoder(lm, Cost() if cost is None else cost)
     batch, horizon, device = len(context), lm.max_new_tokens, lm.device
     where = generator.device if generator is not None else torch.device("cpu")
-    uniforms = torch.rand(horizon, batch, dtype=_wide(where), generator=generator, device=where).to(_wide(device)).to(device)
+    uniforms = (
+        torch.rand(horizon, batch, dtype=_wide(where), generator=generator, device=where).to(_wide(device)).to(device)
+    )
     context = context.to(device)
     ids = torch.full((batch, horizon), lm.pad_id, dtype=torch.int64, device=device)
     lengths = torch.full((batch,), horizon, dtype=torch.int64, device=device)
@@ -167,7 +181,8 @@ def draw_rows(
             tokens, token_log_p = sample_tokens(logits, uniforms[t, live])
             ids[live, t] = tokens
             log_p[live] += token_log_p
-            over = lm.ended(ids[live, : t + 1], t)
+            so_far = ids[:, : t + 1] if len(live) == batch else ids[live, : t + 1]  # the first is no copy
+            over = lm.ended(so_far, t)
             if t + 1 < horizon and bool(over.any()):
                 keep = _compacting_index(over)
                 lengths[live[over]] = t + 1
@@ -209,7 +224,7 @@ def token_log_probs(
         return result
     ids, lengths, context = (x.to(lm.device) for x in (sequences.ids, sequences.lengths, sequences.context))
     order = torch.argsort(lengths * lm.num_contexts + context, stable=True)
-    size = batch_size or min(plan_rows(lm, len(order)), max(1, SCORED_POSITIONS // int(lengths.max())))
+    size = batch_size or min(plan_rows(lm, len(order)), max(1, SCORED_POSITIONS // max(1, int(lengths.max()))))
     with torch.no_grad():
         for rows in order.split(size):
             width = max(1, int(lengths[rows].max()))
@@ -226,10 +241,8 @@ def token_log_probs(
     return result.masked_fill_(after, 0.0)
 
 
-def enumerate_outcomes(
-    lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None
-) -> Draws:
-    """Every outcome of positive probability given one context, breadth first. See `LanguageModel.enumerate_sequences`."""
+def enumerate_outcomes(lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None) -> Draws:
+    """Every outcome of positive probability for one context, breadth first; see `LanguageModel.enumerate_sequences`."""
     decoder = CountingDecoder(lm, Cost() if cost is None else cost)
     device, horizon = lm.device, lm.max_new_tokens
     done: list[tuple[Tensor, Tensor, bool]] = []

@@ -36,10 +36,10 @@ def cache_folder() -> Path:
 
 
 def converted(path: Path) -> Path:
-    """The folder with the model of the GGUF file `path` in float32; made on first use (about a minute for 135 M weights).
+    """The folder with the model of the GGUF file `path` in float32; made on first use.
 
-    The folder is named by the file's content, and appears whole or not at all: it is written elsewhere, read back, compared
-    with what was converted, and renamed.
+    The folder is named by the file's content, and appears whole or not at all: it is written elsewhere, read back,
+    compared with what was converted, and renamed.
 
     Raises
     ------
@@ -61,9 +61,9 @@ def converted(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     except OSError as error:
-        raise StorageError(f"{folder.parent}: cannot be written ({error}); set LMPPL_CACHE to another folder") from error
+        raise StorageError(f"{folder.parent}: cannot be written ({error}); set LMPPL_CACHE") from error
     try:
-        logger.info("converting %s to %s, once; this takes about a minute", path.name, folder)
+        logger.info("converting %s to %s, once; 135 M weights take half a minute", path.name, folder)
         _convert(path, scratch)
         try:
             scratch.rename(folder)
@@ -98,8 +98,8 @@ def _convert(path: Path, target: Path) -> None:
 def _read(path: Path) -> tuple[Any, Any]:
     """A plain model with the file's weights, and its tokenizer.
 
-    A model that `from_pretrained` makes of a GGUF file refuses to be saved, and asks for accelerate without using it; one
-    that is built from the config and filled here does neither.
+    A model that `from_pretrained` makes of a GGUF file refuses to be saved, and asks for accelerate without using it;
+    one that is built from the config and filled here does neither.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

@@ -28,12 +28,13 @@ class GroupedRows:
         self.rows = rows
 
     def start(self, tokens: Tensor, lengths: Tensor, *, capacity: int = 0) -> tuple[Tensor, GroupedState]:
-        """As `CachedRows.start`; the hidden states of a shorter row stand at the right of its columns, zeros before them."""
+        """As `CachedRows.start`; a shorter row has its hidden states at the right, zeros before them."""
         sizes, group = torch.unique(lengths, return_inverse=True)
         groups, hidden = [], None
         for g, size in enumerate(sizes.tolist()):
             members = torch.nonzero(group == g).squeeze(1)
-            part, state = self.rows.start(tokens[members, tokens.shape[1] - size :], lengths[members], capacity=capacity)
+            read = tokens[members, tokens.shape[1] - size :]
+            part, state = self.rows.start(read, lengths[members], capacity=capacity)
             groups.append(state)
             if hidden is None:
                 hidden = part.new_zeros(len(tokens), tokens.shape[1], part.shape[2])

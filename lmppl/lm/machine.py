@@ -14,13 +14,31 @@ __all__ = ["MachineDecoder", "MachineRows"]
 
 
 class MachineRows(NamedTuple):
-    """B rows: `history` (B, W) holds the machine's states before and after each token, `lengths` (B,) counts tokens.
+    """B rows: the machine's states before and after each token, and `lengths` (B,), which counts the tokens.
 
-    Rows are right-aligned; columns further left than a row's start repeat its start state.
+    Rows are right-aligned in the first `width` columns of `states`; columns further left than a row's start repeat its
+    start state, and columns from `width` on are room to grow.
     """
 
-    history: Tensor
+    states: Tensor
+    width: int
     lengths: Tensor
+
+    @property
+    def history(self) -> Tensor:
+        """(B, width) the states, the last one at the right."""
+        return self.states[:, : self.width]
+
+    def append(self, new: Tensor) -> MachineRows:
+        """The rows with states `new` (B, k) after them; written in place where there is room, so `self` is consumed."""
+        width = self.width + new.shape[1]
+        states = self.states
+        if width > states.shape[1]:
+            room = states.new_empty(len(states), 2 * width)
+            room[:, : self.width] = self.history
+            states = room
+        states[:, self.width : width] = new
+        return MachineRows(states, width, self.lengths + new.shape[1])
 
 
 class MachineDecoder:
@@ -53,7 +71,7 @@ class MachineDecoder:
         self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Step, MachineRows]:
         """As `Decoder.prefill`."""
-        rows = MachineRows(self.initial[context][:, None], torch.zeros_like(context))
+        rows = MachineRows(self.initial[context][:, None], 1, torch.zeros_like(context))
         if prefix is not None and prefix.shape[1] > 0:
             _, rows = self.extend(rows, prefix)
             if lengths is not None:
@@ -66,17 +84,16 @@ class MachineDecoder:
         for column in tokens.unbind(1):
             states.append(self.advance(states[-1], column))
         new = torch.stack(states[1:], 1)
-        rows = MachineRows(torch.cat([state.history, new], 1), state.lengths + tokens.shape[1])
-        return Step(self._project, new[:, :, None]), rows
+        return Step(self._project, new[:, :, None]), state.append(new)
 
     def crop(self, state: MachineRows, lengths: Tensor) -> MachineRows:
         """As `Decoder.crop`."""
         width = int(lengths.max()) + 1
         # Column w of the new history is the state after lengths − (width − 1 − w) tokens, at the latest the start.
         tokens = (lengths[:, None] + 1 - width + torch.arange(width, device=lengths.device)).clamp_min(0)
-        columns = state.history.shape[1] - 1 - state.lengths[:, None] + tokens
-        return MachineRows(state.history.gather(1, columns), lengths.clone())
+        columns = state.width - 1 - state.lengths[:, None] + tokens
+        return MachineRows(state.history.gather(1, columns), width, lengths.clone())
 
     def select(self, state: MachineRows, index: Tensor) -> MachineRows:
         """As `Decoder.select`."""
-        return MachineRows(state.history[index], state.lengths[index])
+        return MachineRows(state.history[index], state.width, state.lengths[index])

@@ -14,6 +14,7 @@ from lmppl.errors import UnsupportedModel
 
 __all__ = ["POSTPROCESSING", "Network"]
 
+
 def _identity(logits: Tensor, config: Any) -> Tensor:
     return logits
 
@@ -46,8 +47,8 @@ class Network:
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face causal LM. Parameters, config and generation config are only read. Dropout is off in every forward
-        made here, and the model's own train/eval state is as it was afterwards.
+        A Hugging Face causal LM. Parameters, config and generation config are only read. Dropout is off in every
+        forward made here, and the model's own train/eval state is as it was afterwards.
 
     Raises
     ------
@@ -59,7 +60,7 @@ class Network:
         config: Any = getattr(model, "config", None)
         if config is None:
             raise UnsupportedModel(
-                f"{type(model).__name__}: not a Hugging Face causal LM (it has no config); write a LanguageModel of your own"
+                f"{type(model).__name__}: not a Hugging Face causal LM (it has no config); write an own LanguageModel"
             )
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModel(
@@ -81,6 +82,11 @@ class Network:
         self.device, self.network_dtype = first.device, first.dtype
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.vocab_size = int(self.head.weight.shape[0])
+
+    @property
+    def name(self) -> str:
+        """The model's class, for messages."""
+        return type(self.model).__name__
 
     @property
     def window(self) -> int | None:
@@ -128,11 +134,19 @@ class Network:
         return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
 
     def cache_bytes_per_token(self) -> int:
-        """Bytes that one position of one row takes in the cache, from the config."""
+        """Bytes that one position of one row takes in the cache, from the config.
+
+        Two vectors of the hidden size in each layer where the config has no attention heads (recurrent networks, whose
+        real need does not grow with the row).
+        """
         config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * size * torch.finfo(self.network_dtype).bits // 8)
+        queries = getattr(config, "num_attention_heads", None)
+        if queries:
+            heads = getattr(config, "num_key_value_heads", None) or queries
+            width = heads * (getattr(config, "head_dim", None) or config.hidden_size // queries)
+        else:
+            width = config.hidden_size
+        return int(2 * config.num_hidden_layers * width * torch.finfo(self.network_dtype).bits // 8)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

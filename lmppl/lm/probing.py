@@ -36,9 +36,9 @@ _REFUSALS = (
     TypeError,
     ValueError,
 )
-# Largest difference that counts as rounding, in units of the spread of the scores: a wrong mask or position is off by more
-# than a hundredth. Many networks compute parts in float32 whatever dtype their weights have: the softmax of an attention,
-# and (in those that need the config's cache) whole recurrences.
+# Largest difference that counts as rounding, in units of the spread of the scores: a wrong mask or position is off by
+# more than a hundredth. Many networks compute parts in float32 whatever dtype their weights have: the softmax of an
+# attention, and (in those that need the config's cache) whole recurrences.
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LENGTH = 9
 
@@ -75,15 +75,17 @@ class Abilities:
 
 
 def abilities_of(network: Network, num_positions: int) -> Abilities:
-    """The abilities for rows of up to `num_positions` tokens; probed once per model, and once more with rows longer than
-    the sliding window where `num_positions` exceeds it."""
+    """The abilities for rows of up to `num_positions` tokens.
+
+    Probed once per model, and once more with rows longer than the sliding window where `num_positions` exceeds it.
+    """
     window = network.sliding_window
     length = _LENGTH if window is None or window >= num_positions else max(_LENGTH, window + 5)
     known = _known.setdefault(network.model, {})
     if length not in known:
         with torch.no_grad():
             known[length] = _probe(network, length)
-        logger.debug("%s: %s", type(network.model).__name__, known[length])
+        logger.debug("%s: %s", network.name, known[length])
     return known[length]
 
 
@@ -92,7 +94,7 @@ def _probe(network: Network, length: int) -> Abilities:
     tokens = torch.randint(network.vocab_size, (2, length), generator=generator).to(network.device)
     logits = torch.stack([network.forward(row[None], split=False)[0].to(network.dtype) for row in tokens])
     if not bool(torch.isfinite(logits).all()):
-        raise ModelError(f"{type(network.model).__name__} gives nan or infinite logits: its weights or dtype are broken")
+        raise ModelError(f"{network.name} gives nan or infinite logits: its weights or dtype are broken")
     spread = float(logits.std())
     strict = _ROUNDING[network.network_dtype] * spread
     loose = max(strict, _ROUNDING[torch.float32] * spread)
@@ -123,10 +125,10 @@ def _find_head(network: Network, tokens: Tensor, logits: Tensor, tolerance: floa
             hidden = network.forward(tokens, split=True)
             got = network.project(hidden.flatten(0, 1), name).view(logits.shape)
         except _REFUSALS as refusal:
-            logger.debug("%s: head %s refuses: %s", type(network.model).__name__, name, refusal)
+            logger.debug("%s: head %s refuses: %s", network.name, name, refusal)
             continue
         error = float((got - logits).abs().max())
-        logger.debug("%s: head %s is off by %.1e, rounding is %.1e", type(network.model).__name__, name, error, tolerance)
+        logger.debug("%s: head %s is off by %.1e, rounding is %.1e", network.name, name, error, tolerance)
         if error <= tolerance and (best is None or error < best[0]):
             best = (error, name)
     return None if best is None else best[1]
@@ -135,8 +137,11 @@ def _find_head(network: Network, tokens: Tensor, logits: Tensor, tolerance: floa
 class _Trials:
     """Each trial runs one path on two rows and gives what it found next to what it should have found."""
 
-    def __init__(self, network: Network, head: str | None, tokens: Tensor, logits: Tensor, tolerances: dict[str, float]) -> None:
-        self.network, self.head, self.tokens, self.logits, self.tolerances = network, head, tokens, logits, tolerances
+    def __init__(
+        self, network: Network, head: str | None, tokens: Tensor, logits: Tensor, tolerances: dict[str, float]
+    ) -> None:
+        self.network, self.head, self.tokens = network, head, tokens
+        self.logits, self.tolerances = logits, tolerances
         self.length = tokens.shape[1]
 
     def passes(self, trial: Callable[[CachedRows], list[tuple[Tensor, Tensor]]], kind: CacheKind) -> bool:
@@ -144,10 +149,10 @@ class _Trials:
         try:
             pairs = trial(rows)
         except _REFUSALS as refusal:
-            logger.debug("%s: %s %s refuses: %s", type(self.network.model).__name__, kind, trial.__name__, refusal)
+            logger.debug("%s: %s %s refuses: %s", self.network.name, kind, trial.__name__, refusal)
             return False
         error = max(float((self._logits(got) - want).abs().max()) for got, want in pairs)
-        logger.debug("%s: %s %s is off by %.1e", type(self.network.model).__name__, kind, trial.__name__, error)
+        logger.debug("%s: %s %s is off by %.1e", self.network.name, kind, trial.__name__, error)
         return error <= self.tolerances[kind]
 
     def _logits(self, hidden: Tensor) -> Tensor:

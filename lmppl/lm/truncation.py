@@ -35,8 +35,10 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """(B, V) logits with −inf outside the nucleus: tokens in order of falling probability, kept while the mass before
-    them is below `top_p`; the most probable one is always kept."""
+    """(B, V) logits with −inf outside the nucleus.
+
+    Tokens in order of falling probability are kept while the mass before them is below `top_p`; the first always is.
+    """
     if top_p >= 1.0:
         return logits
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices

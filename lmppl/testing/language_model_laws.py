@@ -57,15 +57,16 @@ def check_language_model(
     """
     report = Report(repr(lm))
     exact = tolerance if tolerance is not None else (1e-8 if lm.dtype == torch.float64 else 2e-3)
-    draws = lm.draw(num_draws, generator=torch.Generator().manual_seed(seed))
-    _check_draws(report, lm, draws, num_draws, seed)
-    _check_scores(report, lm, draws, exact)
-    _check_distribution(report, lm, exact)
-    if lm.vocab_size**lm.max_new_tokens <= max_rows:
-        _check_by_brute_force(report, lm, draws, exact, error_rate)
-    else:
-        _check_first_tokens(report, lm, draws, exact, error_rate)
-    check_decoder(report, lm, draws, exact)
+    with torch.no_grad():
+        draws = lm.draw(num_draws, generator=torch.Generator().manual_seed(seed))
+        _check_draws(report, lm, draws, num_draws, seed)
+        _check_scores(report, lm, draws, exact)
+        _check_distribution(report, lm, exact)
+        if lm.vocab_size**lm.max_new_tokens <= max_rows:
+            _check_by_brute_force(report, lm, draws, exact, error_rate)
+        else:
+            _check_first_tokens(report, lm, draws, exact, error_rate)
+        check_decoder(report, lm, draws, exact)
     return report
 
 

@@ -56,7 +56,7 @@ class Report:
     def require_close(self, got: Tensor, expected: Tensor, law: str, *, tolerance: float, how: str = "") -> None:
         """Require that two tensors of log-values agree within `tolerance` nats, −inf where the other is −inf."""
         self.require(got.shape == expected.shape, law, f"shape {tuple(got.shape)}", f"shape {tuple(expected.shape)}")
-        got, expected = got.double(), expected.double()
+        got, expected = got.detach().double(), expected.detach().double()
         gap = torch.where(got == expected, 0.0, (got - expected).abs()).nan_to_num(torch.inf)
         if gap.numel() == 0:
             self.held[law] = how

@@ -63,7 +63,14 @@ def test_version_and_help() -> None:
 def test_check_says_what_is_declared_and_what_can_run(spec: str) -> None:
     result = call("check", spec)
     assert result.exit_code == 0
-    for text in ("exp(count_a(x)) · 1[no bb(x)]", "no upper bound", "2 contexts", "log φ count_a", "✓ runs", "✗"):
+    for text in (
+        "exp(count_a(x)) · 1[no bb(x)]",
+        "no upper bound",
+        "2 contexts",
+        "log φ of each factor",
+        "✓ runs",
+        "✗",
+    ):
         assert text in result.stdout
     assert "rejection needs an upper bound" in result.stdout
 
@@ -122,7 +129,7 @@ def test_compare_uses_the_engines_of_the_spec(spec: str, tmp_path: Path) -> None
     result = call("compare", spec, "--num-draws", "30", "--out", str(out))
     assert result.exit_code == 0, result.output
     labels = [row["label"] for row in json.loads(out.read_text())["rows"]]
-    assert labels == ["prior", "exact", "importance(num_draws=40)"]
+    assert labels == ["prior", "exact", "importance"]
     assert "How close one draw is" in result.stdout
     assert "Saved to" in result.stderr
 
@@ -191,6 +198,14 @@ def test_a_full_disk_leaves_the_old_file(spec: str, tmp_path: Path, monkeypatch:
     assert "No space left on device" in result.stderr
     assert out.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} <= {"spec.py", "draws.jsonl", "__pycache__"}
+
+
+def test_parquet_without_its_package_is_refused_before_the_run(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = call("infer", spec, "-o", "x.parquet")
+    assert result.exit_code == 1
+    assert "lmppl[data]" in result.stderr
+    assert "a spec that prints" not in result.stderr
 
 
 def test_warnings_are_plain_lines_on_stderr(spec: str) -> None:

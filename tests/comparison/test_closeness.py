@@ -157,6 +157,24 @@ def test_policies_that_leave_the_prior_or_violate_constraints_are_infinitely_far
     assert "support" in row["mean:a"].note
 
 
+def test_what_no_draw_shows_is_bounded_not_zero() -> None:
+    """A constraint that q breaks with probability 0.01: 20 draws see nothing, so figures are bounds."""
+    from lmppl.lm import TabularLM
+
+    prior = TabularLM([0.99, 0.01, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
+    model = prior * Constraint(has_no("b"), name="no b") * Reward(count_of("c"), upper=1, name="c")
+    unseen = infer(model, Importance(), 20)
+    figures = closeness(law_of(unseen), Reference.of(infer(model, Rejection(), 20), model), 0)
+    assert (figures["kl_reverse"].relation, figures["zero"].relation) == ("≥", "≤")
+    assert figures["zero"].value == pytest.approx(1 - 0.05 ** (1 / 20))
+    best = infer(model, BestOfN(2), 20)
+    assert closeness(law_of(best), Reference.of(infer(model, Rejection(), 20), model), 0)["kl_reverse"].value is None
+    table = compare(model, {"policy": prior, "best": best}, num_draws=20)
+    assert table["policy"]["kl_reverse"].value == math.inf
+    assert table["policy"]["zero"].value == pytest.approx(0.01)
+    assert (table["best"]["satisfied:no b"].relation, table["best"]["satisfied:no b"].value < 1) == ("≥", True)
+
+
 def test_expected_total_variation_is_that_of_the_multinomial() -> None:
     p = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     n, expected = 5, 0.0

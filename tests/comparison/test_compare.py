@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lmppl.comparison import Comparison, Figure, compare
-from lmppl.comparison.figures import average, missing, spread
+from lmppl.comparison.figures import average, missing, spread, worst
 from lmppl.errors import ModelError
 from lmppl.inference import BestOfN, Budget, Exact, Importance, Rejection, infer
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
@@ -45,11 +45,11 @@ class Pressed(Engine):
 
 def test_the_prior_comes_first_and_rows_keep_their_order() -> None:
     table = compare(model(upper=4), ["exact", Rejection(), "importance(100)"], num_draws=50)
-    assert [row.label for row in table.rows] == ["prior", "exact", "rejection", "importance(num_draws=100)"]
+    assert [row.label for row in table.rows] == ["prior", "exact", "rejection", "importance"]
     assert [row.guarantee for row in table.rows] == ["as is", "exact", "exact", "consistent"]
     assert [row.law for row in table.rows] == ["itself", "π*", "π*", "π0"]
     assert table["prior"]["kl_to_prior"].value == 0.0
-    assert table["importance(num_draws=100)"]["draws"].value == 50.0
+    assert table["importance"]["draws"].value == 50.0
     assert table.approximations["rejection"][0].engine == Rejection()
     assert table.reference.enumerated
 
@@ -57,7 +57,9 @@ def test_the_prior_comes_first_and_rows_keep_their_order() -> None:
 def test_unsupported_and_failing_engines_keep_a_row_with_their_reason() -> None:
     impossible = TabularLM.random(3, 3, seed=1) * Constraint(has_no(""), name="never")
     table = compare(impossible, ["importance", "best_of_n(n=2)", "exact"], num_draws=20)
-    assert all(row.repeats == 0 and not row.figures for row in table.rows)
+    assert all(row.repeats == 0 and not row.figures for row in table.rows[1:])
+    assert (table["prior"]["zero"].value, table["prior"]["ess"].value) == (1.0, 0.0)
+    assert (table["prior"]["kl_reverse"].value, table["prior"]["log_z"].value) == (math.inf, None)
     assert "weight zero" in table["importance"].reason
     assert "best_of_n" in table["best_of_n(n=2)"].reason
     table = compare(model(), ["rejection", "exact"])
@@ -103,6 +105,13 @@ def test_wrong_arguments_raise_before_anything_runs(engines: Any, message: str) 
 def test_a_policy_of_other_contexts_keeps_a_row_with_the_reason() -> None:
     table = compare(model(), {"other": TabularLM.random(3, 4, seed=4, context="a")}, num_draws=10)
     assert "prompts" in table["other"].reason
+
+
+def test_heavy_weights_are_told() -> None:
+    prior, other = (TabularLM.random(8, 20, seed=seed, eos=None) for seed in (3, 4))
+    table = compare(prior, [Importance(proposal=other)], num_draws=1000)
+    assert table["importance"]["k_hat"].value > 0.7
+    assert "are not to be trusted" in str(table)
 
 
 def test_repeats_use_successive_seeds_and_tables_run_once() -> None:
@@ -199,11 +208,20 @@ def test_averages_of_figures() -> None:
     assert (mean.value, mean.interval, mean.relation, mean.note) == (2.0, (1.0, 3.0), "≤", "why")
     assert mean.error == pytest.approx(0.25)
     assert average([two[0], missing("gone")]) == missing("gone")
+    assert average([Figure(1.0, relation="≥"), Figure(2.0, relation="≤")]).relation == "≈"
     assert average([Figure(1.0, 0.1), Figure(2.0)]).error is None
     assert average([Figure(math.inf), Figure(2.0)]).value == math.inf
     assert spread([1.0]) is None
     assert spread([1.0, math.inf]) is None
     assert spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+
+
+def test_the_worst_of_figures() -> None:
+    good, bad, gone = Figure(0.3), Figure(0.9, note="heavy"), missing("tied")
+    assert worst([good, bad]) == bad
+    assert worst([good, gone]) == gone
+    assert worst([gone, bad, good]) == bad
+    assert worst([gone, gone]) == gone
 
 
 def test_names_that_do_not_exist_say_what_there_is(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -82,10 +83,9 @@ def test_tables_fit_the_width_and_lose_no_column(table: Comparison, width: int) 
 
 def test_printing_and_rich_show_the_same(table: Comparison) -> None:
     assert str(table) == as_text(table)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(table)
     assert "How close one draw is" in console.export_text()
-    console.file.close()
     assert repr(table).startswith("Comparison(prior, exact, rejection, importance, best_of_n(n=2); reference: exact")
 
 

@@ -31,7 +31,7 @@ def documented() -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_every_engine_cites_its_papers(kind: type) -> None:
-    text = bibtex(kind.references)
+    text = kind().cite()
     for key in kind.references:
         assert f"{{{key}," in text
     assert text.count("\n@") == len(kind.references) - 1

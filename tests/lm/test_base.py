@@ -75,6 +75,7 @@ def test_sequences_check_what_they_are_given(lm):
         lm.sequences([[-1]])
     assert len(lm.sequences([])) == 0
     assert lm.score(lm.sequences([])).shape == (0,)
+    assert lm.score(lm.sequences([[], []])).tolist() == [-math.inf] * 2
 
 
 # torch.distributions.

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.lm.random_models import KINDS, WINDOW, build, config, network, random_lm, uncached_logits
 from transformers.cache_utils import DynamicCache
 
 from lmppl.errors import UnsupportedModel
 from lmppl.lm.caches import BufferedLayer, make_cache, select_rows
 from lmppl.lm.network import Network
 from lmppl.lm.probing import abilities_of
+from tests.lm.random_models import KINDS, WINDOW, build, config, network, random_lm, uncached_logits
 
 CROPPABLE = ("llama", "mistral", "gpt2", "gemma3")
 TOLERANCE = {"qwen3_next": 1e-4, "gemma2": 1e-5}  # parts that these compute in float32 whatever their weights
@@ -239,7 +239,14 @@ def test_capacity_is_allocated_once():
 
 @pytest.mark.parametrize(
     ("index", "in_place"),
-    [([0, 3, 2], True), ([0, 1], True), ([0, 0, 2, 2], True), ([1, 0, 2], False), ([0, 1, 2, 3, 3], False), ([3, 3], True)],
+    [
+        ([0, 3, 2], True),
+        ([0, 1], True),
+        ([0, 0, 2, 2], True),
+        ([1, 0, 2], False),
+        ([0, 1, 2, 3, 3], False),
+        ([3, 3], True),
+    ],
 )
 def test_selecting_rows(index, in_place):
     cache, states = filled(4, 2)

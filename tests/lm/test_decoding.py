@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from scipy import stats
-from tests.lm.random_models import network, random_lm, tokenizer
 
 from lmppl.errors import ModelError, SupportTooLarge
 from lmppl.lm import LM, TabularLM
 from lmppl.lm.decoding import _compacting_index, draw, draw_rows, plan_rows, sample_tokens, token_log_probs
 from lmppl.sequences import Cost
+from tests.lm.random_models import network, random_lm, tokenizer
 
 ERROR_RATE = 1e-4  # of each statistical test here, with its fixed seed
 
@@ -72,7 +72,8 @@ def chi_square(lm, num_draws, seed):
     draws = lm.draw(num_draws, generator=torch.Generator().manual_seed(seed))
     rows = draws.select(draws.context == context)
     counts = torch.zeros(len(listed))
-    for key in rows.keys():
+    keys = rows.keys()  # of sequences, not of a dictionary
+    for key in keys:
         counts[place[key]] += 1
     expected = listed.log_prior.exp() * num_draws
     common = expected >= 5

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import SHARED
 
 import lmppl
 from lmppl.lm import LanguageModel, Step
+from tests.conftest import SHARED
 
 pytestmark = pytest.mark.shared
 
@@ -47,9 +47,7 @@ class CharacterLM(LanguageModel):
     def __init__(self, net, contexts, max_new_tokens):
         self.net = net
         eos = net.vocab["\n"]
-        super().__init__(
-            contexts, vocab_size=net.V, max_new_tokens=max_new_tokens, eos_ids=[eos], pad_id=eos
-        )
+        super().__init__(contexts, vocab_size=net.V, max_new_tokens=max_new_tokens, eos_ids=[eos], pad_id=eos)
 
     def decoder(self):
         return CharacterDecoder(self)

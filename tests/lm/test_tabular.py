@@ -37,8 +37,9 @@ def test_every_order_is_the_product_of_its_conditionals(order, eos):
     for c, context in enumerate([(), (1,), (2, 1, 1)]):
         table = lm.enumerate_sequences(c)
         expected, texts = by_hand(lm, order, context)
-        assert {(f, t) for _, f, t in table.keys()} == set(expected)
-        for (_, finished, tokens), value, text in zip(table.keys(), table.log_prior.tolist(), table.text, strict=True):
+        keys = table.keys()
+        assert {(finished, tokens) for _, finished, tokens in keys} == set(expected)
+        for (_, finished, tokens), value, text in zip(keys, table.log_prior.tolist(), table.text, strict=True):
             assert value == pytest.approx(expected[finished, tokens], abs=1e-12)
             assert text == texts[tokens]
 
@@ -244,7 +245,10 @@ def test_rows_cropped_twice_are_the_rows_themselves():
 
 def test_outcomes_are_counted_without_listing_them():
     sparse = TabularLM(
-        [[0.5, 0.3, 0.2], [0.2, 0.8, 0], [0, 0, 1], [0.6, 0.4, 0]], ["a", "b", "<eos>"], max_new_tokens=5, context=["", "b"]
+        [[0.5, 0.3, 0.2], [0.2, 0.8, 0], [0, 0, 1], [0.6, 0.4, 0]],
+        ["a", "b", "<eos>"],
+        max_new_tokens=5,
+        context=["", "b"],
     )
     most = max(len(sparse.enumerate_sequences(c)) for c in range(2))
     assert sparse.max_outcomes() == most

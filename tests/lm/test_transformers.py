@@ -1,16 +1,16 @@
-"""The contract of `TransformersLM`: contexts, special tokens, options, errors, text, and the user's model left alone."""
+"""The contract of `TransformersLM`: contexts, special tokens, options, errors, text; the user's model left alone."""
 
 import copy
 
 import pytest
 import torch
-from tests.lm.random_models import build, network, random_lm, tokenizer, uncached_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from lmppl.errors import ContextError, ModelError, ShapeError, UnsupportedModel
 from lmppl.lm import LM, TransformersLM
 from lmppl.lm.decoding import token_log_probs
+from tests.lm.random_models import build, network, random_lm, tokenizer, uncached_logits
 
 CHAT = "{% for m in messages %}{{ m['content'] }}d{% endfor %}{% if add_generation_prompt %}c{% endif %}"
 
@@ -169,12 +169,9 @@ def test_ties_at_the_edge_of_a_truncation_go_to_the_lower_id():
     from lmppl.lm.truncation import keep_top_k, keep_top_p
 
     tied = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    assert torch.isfinite(keep_top_k(tied, 3)).tolist() == [[True, True, True, False, False]] + [
-        [True, True, True, False, False]
-    ]
-    assert torch.isfinite(keep_top_p(torch.zeros(1, 5, dtype=torch.float64), 0.5)).tolist() == [
-        [True, True, True, False, False]
-    ]
+    first_three = [True, True, True, False, False]
+    assert torch.isfinite(keep_top_k(tied, 3)).tolist() == [first_three, first_three]
+    assert torch.isfinite(keep_top_p(torch.zeros(1, 5, dtype=torch.float64), 0.5)).tolist() == [first_three]
     assert torch.isfinite(keep_top_p(tied, 1e-9)).sum(-1).tolist() == [1, 1]
     assert torch.equal(keep_top_p(tied, 1.0), tied)
     assert torch.equal(keep_top_k(tied, 5), tied)

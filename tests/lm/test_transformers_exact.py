@@ -1,14 +1,14 @@
-"""Exact identities by brute force over all V^T rows, on tables and on tiny random networks, through the real decoder."""
+"""Exact identities by brute force over all V^T rows, on tables and tiny random networks, through the real decoder."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from tests.lm.random_models import KINDS, build, random_lm, tokenizer, uncached_logits
 
 from lmppl.lm import TabularLM, TransformersLM
 from lmppl.lm.decoding import draw, token_log_probs
+from tests.lm.random_models import KINDS, build, random_lm, tokenizer, uncached_logits
 
 OPTIONS = {
     "pad equals eos": {},
@@ -140,9 +140,7 @@ def test_enumeration_lists_exactly_the_rows_of_positive_probability(lm):
         found = dict(zip(map(tuple, listed.ids.tolist()), listed.log_prior.tolist(), strict=True))
         assert len(found) == len(listed)
         positive = torch.isfinite(scores[:, context])
-        want = dict(
-            zip(map(tuple, rows[positive, context].tolist()), scores[positive, context].tolist(), strict=True)
-        )
+        want = dict(zip(map(tuple, rows[positive, context].tolist()), scores[positive, context].tolist(), strict=True))
         assert found == pytest.approx(want, abs=tolerance(lm))
 
 

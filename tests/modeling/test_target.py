@@ -41,9 +41,8 @@ def test_gamma_is_prior_times_evidence(prior):
     target = Target(model)
     for c in (0, 1):
         table = prior.enumerate_sequences(c)
-        expected = [
-            p + len(t) / 0.5 if "bb" not in t else -math.inf for p, t in zip(table.log_prior.tolist(), table.text, strict=True)
-        ]
+        rows = zip(table.log_prior.tolist(), table.text, strict=True)
+        expected = [p + len(t) / 0.5 if "bb" not in t else -math.inf for p, t in rows]
         gamma = target.log_prob_unnormalized(table)
         assert gamma.dtype == torch.float64
         assert gamma.tolist() == pytest.approx(expected, abs=1e-12)
@@ -238,7 +237,7 @@ def test_a_function_that_fails(prior):
     def fn(texts):
         return [1 / (len(t) - 2) for t in texts]
 
-    with pytest.raises(FactorError, match="factor 'fn'.*ZeroDivisionError.*'aa'"):
+    with pytest.raises(FactorError, match=r"factor 'fn'.*ZeroDivisionError.*'aa'"):
         Target(prior * Reward(fn)).log_factors(prior.sequences([[0, EOS], [0, 0, EOS]]))
 
 

@@ -7,6 +7,7 @@ from lmppl.lm.machine import MachineDecoder, MachineRows
 from lmppl.lm.tabular import TabularLM
 from lmppl.testing import CheckFailed, Report, check_language_model
 from lmppl.testing.decoder_laws import check_decoder
+from tests.lm.random_models import random_lm
 
 
 def build(kind=TabularLM, **options):
@@ -132,7 +133,7 @@ class CropForgetsWhereRowsStart(BrokenDecoder):
         def crop(self, state, lengths):
             width = int(lengths.max()) + 1
             columns = (lengths[:, None] + 1 - width + torch.arange(width)).clamp_min(0)
-            return MachineRows(state.history.gather(1, columns), lengths)
+            return MachineRows(state.history.gather(1, columns), width, lengths)
 
 
 class CropCutsTooLittle(BrokenDecoder):
@@ -228,3 +229,10 @@ def test_what_is_left_out_is_said():
     assert "too many" in report.skipped["the probabilities of all outcomes sum to 1"]
     short = check_language_model(TabularLM.random(3, 1))
     assert "no draw has two tokens" in short.skipped["decoder: crop cuts"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_real_decoders_keep_the_laws(kind):
+    """Random networks in float64, the second with a window shorter than its rows."""
+    report = check_language_model(random_lm(kind), num_draws=500)
+    assert "decoder: crop cuts rows to different lengths, again and again" in report.held
