@@ -20,6 +20,7 @@ from lmppl.inference import (
     Rejection,
     Shard,
     infer,
+    stream,
 )
 from lmppl.lm import LM, LanguageModel, TabularLM, TransformersLM
 from lmppl.modeling import (
@@ -72,4 +73,5 @@ __all__ = [
     "TransformersLM",
     "compare",
     "infer",
+    "stream",
 ]

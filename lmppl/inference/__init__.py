@@ -2,7 +2,7 @@
 
 from lmppl.inference.approximation import Approximation, Chains, ExactTable, Particles, Sampler
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law
-from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, infer, shard_generator
+from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, infer, shard_generator, stream
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.rejection import Rejection
@@ -31,4 +31,5 @@ __all__ = [
     "resolve_engine",
     "shard_generator",
     "split_engines",
+    "stream",
 ]

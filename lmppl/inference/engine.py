@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lmppl.inference.approximation import Approximation
     from lmppl.lm.base import LanguageModel
 
-__all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer", "shard_generator"]
+__all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer", "shard_generator", "stream"]
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,8 @@ class Engine(ABC):
     name: ClassVar[str]
     guarantee: ClassVar[Guarantee]
     references: ClassVar[tuple[str, ...]] = ()
+    surplus: ClassVar[bool] = False
+    """Shards may hold more draws of a context than were asked for; the first ones count."""
 
     def cite(self) -> str:
         """BibTeX of the papers that this engine implements."""
@@ -246,87 +248,132 @@ def infer(
         Where the run was stopped before its first shard was whole.
     """
     from lmppl.inference.progress import progress_bar
-    from lmppl.inference.resolve import resolve_engine
 
-    if not isinstance(model, Model):
-        model = Model(model)
-    target = Target(model)
-    chosen = resolve_engine(engine, target.form)
-    reason = chosen.unsupported_reason(target.form)
-    if reason is not None:
-        raise UnsupportedModel(reason)
-    request = Request(num_draws, budget, seed)
-    parts: list[Part] = []
-    complete = True
-    with progress_bar(chosen, request, progress) as bar:
+    run = _Run.of(model, engine, Request(num_draws, budget, seed))
+    with progress_bar(run.engine, run.request, progress) as bar:
         try:
-            complete = _run(chosen, target, request, parts, bar, on_part)
+            for part in run.parts():
+                bar(run.done)
+                if on_part is not None:
+                    on_part(part)
         except KeyboardInterrupt:
-            complete = False
-            if not parts:
-                raise InterruptedRun(f"{chosen.name}: stopped before its first shard was whole; nothing is kept") from None
+            run.complete = False
+            if not run.done:
+                message = f"{run.engine.name}: stopped before its first shard was whole; nothing is kept"
+                raise InterruptedRun(message) from None
             log.warning(
                 "%s: interrupted; %d whole shard(s) with %d draws are kept, the unfinished shard is dropped",
-                chosen.name, len(parts), sum(len(p.draws) for p in parts),
-            )  # fmt: skip
-    return _finish(chosen, target, request, parts, complete)
+                run.engine.name,
+                len(run.done),
+                sum(len(p.draws) for p in run.done),
+            )
+    return _finish(run)
 
 
-def _run(
-    engine: Engine,
-    target: Target,
-    request: Request,
-    parts: list[Part],
-    bar: Callable[[Sequence[Part]], None],
-    on_part: Callable[[Part], None] | None,
-) -> bool:
-    """Run shards until the request is met (True) or the budget is spent first (False)."""
-    shards = engine.plan(target, request)
-    spent_before = Cost()
-    while shards:
-        for position, shard in enumerate(shards):
-            before, start = target.cost.copy(), time.perf_counter()
-            part = engine.run_shard(target, shard)
-            target.cost.seconds += time.perf_counter() - start
-            part = replace(part, cost=target.cost - before)
-            parts.append(part)
-            spent_before = spent_before + part.cost
-            bar(parts)
-            if on_part is not None:
-                on_part(part)
-            if request.budget is not None and request.budget.spent(spent_before):
-                rest = len(shards) - position - 1
-                return rest == 0 and (request.num_draws is None or not engine.replan(target, request, parts))
-        shards = engine.replan(target, request, parts)
-    return True
+def stream(
+    model: Model | LanguageModel,
+    engine: Engine | str | None = None,
+    num_draws: int | None = None,
+    *,
+    budget: Budget | None = None,
+    seed: int = 0,
+) -> Iterator[Draws]:
+    """The draws of `infer` as they come, shard by shard: for long runs whose draws are used or saved on the way.
+
+    The same draws as `infer(...).draws` with the same arguments, in the order of the shards; weights are raw and on one
+    scale. Closing the iterator stops the run.
+
+    Parameters
+    ----------
+    model, engine, num_draws, budget, seed
+        As in `infer`.
+
+    Yields
+    ------
+    Draws
+        The draws of one whole shard; never empty.
+
+    Raises
+    ------
+    UnsupportedModel
+        With the engine's one-sentence reason.
+    """
+    run = _Run.of(model, engine, Request(num_draws, budget, seed))
+    seen = [0] * run.target.form.num_contexts
+    for part in run.parts():
+        keep = []
+        for row, c in enumerate(part.draws.context.tolist()):
+            seen[c] += 1
+            if num_draws is None or not run.engine.surplus or seen[c] <= num_draws:
+                keep.append(row)
+        if keep:
+            yield part.draws if len(keep) == len(part.draws) else part.draws.select(keep)
 
 
-def _finish(
-    engine: Engine, target: Target, request: Request, parts: Sequence[Part], complete: bool
-) -> Approximation:
+class _Run:
+    """One engine at work on one target: the parts so far, and whether the request was met."""
+
+    def __init__(self, engine: Engine, target: Target, request: Request) -> None:
+        self.engine, self.target, self.request = engine, target, request
+        self.done: list[Part] = []
+        self.complete = False
+
+    @classmethod
+    def of(cls, model: Model | LanguageModel, engine: Engine | str | None, request: Request) -> _Run:
+        """Compile the declaration and choose the engine; refuse what it cannot do."""
+        from lmppl.inference.resolve import resolve_engine
+
+        target = Target(model if isinstance(model, Model) else Model(model))
+        chosen = resolve_engine(engine, target.form)
+        reason = chosen.unsupported_reason(target.form)
+        if reason is not None:
+            raise UnsupportedModel(reason)
+        return cls(chosen, target, request)
+
+    def parts(self) -> Iterator[Part]:
+        """Run shards until the request is met, or the budget is spent first."""
+        engine, target, request = self.engine, self.target, self.request
+        shards = engine.plan(target, request)
+        spent = Cost()
+        while shards:
+            for position, shard in enumerate(shards):
+                before, start = target.cost.copy(), time.perf_counter()
+                part = engine.run_shard(target, shard)
+                target.cost.seconds += time.perf_counter() - start
+                part = replace(part, cost=target.cost - before)
+                self.done.append(part)
+                spent = spent + part.cost
+                yield part
+                if request.budget is not None and request.budget.spent(spent):
+                    rest = len(shards) - position - 1
+                    met = request.num_draws is None or not engine.replan(target, request, self.done)
+                    self.complete = rest == 0 and met
+                    return
+            shards = engine.replan(target, request, self.done)
+        self.complete = True
+
+
+def _finish(run: _Run) -> Approximation:
     from lmppl.storage import versions
 
-    approximation = engine.merge(parts)
+    target, approximation = run.target, run.engine.merge(run.done)
     meta = {
-        "engine": str(engine),
+        "engine": str(run.engine),
         "guarantee": approximation.guarantee.value,
-        "seed": request.seed,
+        "seed": run.request.seed,
         "spec_hash": target.model.spec_hash,
         "formula": target.model.formula,
         "versions": versions(),
     }
     draws = approximation.draws
-    labelled = replace(draws, meta={**draws.meta, **meta})
-    if "text" in draws.__dict__:
-        labelled.__dict__["text"] = draws.text
     return replace(
         approximation,
-        draws=labelled,
+        draws=draws.with_columns(meta={**draws.meta, **meta}),
         cost=target.cost.copy(),
-        status="complete" if complete else "interrupted",
-        engine=engine,
+        status="complete" if run.complete else "interrupted",
+        engine=run.engine,
         model=target.model,
-        seed=request.seed,
+        seed=run.request.seed,
     )
 
 

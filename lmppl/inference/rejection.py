@@ -96,6 +96,7 @@ class Rejection(Engine):
 
     name: ClassVar[str] = "rejection"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    surplus: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = ("vonneumann1951", "clopper1934", "girshick1946")
 
     def unsupported_reason(self, form: TargetForm) -> str | None:

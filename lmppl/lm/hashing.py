@@ -34,7 +34,7 @@ def hash_weights(model: nn.Module) -> str:
         for name, tensor in tensors.items():
             digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             for part in [tensor] if size <= WHOLE else _summary(tensor):
-                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     _known[model] = (stamp, digest.hexdigest())
     return digest.hexdigest()
 

@@ -192,7 +192,8 @@ class TransformersLM(LanguageModel):
         ids = [[self.pad_id] * (width - len(e.ids)) + list(e.ids) for e in encoded]
         self.context_ids = torch.tensor(ids, device=network.device)  # (C, W), right-aligned
         self.context_counts = torch.tensor([len(e.ids) for e in encoded], device=network.device)
-        self._text = CompletionText(tokenizer, eos_ids, self.stop, network.vocab_size)
+        if not hasattr(self, "_text"):  # other contexts share what it has learnt about the vocabulary
+            self._text = CompletionText(tokenizer, eos_ids, self.stop, network.vocab_size)
         self._eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=network.device)
 
     @property
@@ -255,7 +256,9 @@ class TransformersLM(LanguageModel):
     def bytes_per_row(self, num_tokens: int) -> int:
         """As `LanguageModel.bytes_per_row`."""
         columns = int(self.context_counts.max()) + num_tokens
-        return columns * self.network.cache_bytes_per_token() + 4 * 4 * self.vocab_size
+        positions = 1 if self.abilities.head is not None else columns  # whose scores a forward gives at once
+        cache = columns * self.network.cache_bytes_per_token()
+        return cache + (3 + positions) * self.vocab_size * torch.finfo(self.dtype).bits // 8
 
     @property
     def fingerprint(self) -> str:

@@ -10,7 +10,20 @@ from typing import Any, ClassVar
 import pytest
 
 from lmppl.errors import InterruptedRun, ModelError, UnsupportedModel
-from lmppl.inference import Budget, Engine, Exact, Guarantee, Importance, Part, Request, Shard, infer
+from lmppl.inference import (
+    BestOfN,
+    Budget,
+    Engine,
+    Exact,
+    Guarantee,
+    Importance,
+    Part,
+    Rejection,
+    Request,
+    Shard,
+    infer,
+    stream,
+)
 from lmppl.inference.progress import finished_share, progress_bar
 from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Model, Reward, Target
@@ -148,3 +161,27 @@ def test_the_bar_can_be_asked_for_or_forbidden(capsys: pytest.CaptureFixture[str
         with progress_bar(Importance(), Request(10, None, 0), show) as bar:
             bar([part])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("engine", [Rejection(batch=64), Importance(), BestOfN(4)])
+def test_a_stream_gives_the_draws_of_infer_shard_by_shard(engine: Engine) -> None:
+    whole = infer(model(), engine, 1500, seed=3).draws
+    streamed = list(stream(model(), engine, 1500, seed=3))
+    assert len(streamed) > 1
+    for c in range(2):
+        rows = [key for part in streamed for key in part.select(part.context == c).keys()]
+        assert rows == whole.select(whole.context == c).keys()
+
+
+def test_closing_a_stream_stops_the_run() -> None:
+    calls = []
+
+    def counted(texts: list[str]) -> list[float]:
+        calls.append(len(texts))
+        return [0.0] * len(texts)
+
+    draws = stream(PRIOR * Reward(counted, upper=0, name="counted"), Importance(), 100_000)
+    first = next(draws)
+    draws.close()  # type: ignore[attr-defined]
+    assert len(first) <= 1024
+    assert len(calls) == 1

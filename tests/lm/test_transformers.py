@@ -278,6 +278,12 @@ def test_large_models_are_hashed_by_sums_and_samples(monkeypatch):
     assert hashing.hash_weights(model) != first
 
 
+def test_weights_without_dimensions_are_hashed():
+    from lmppl.lm.hashing import hash_weights
+
+    assert hash_weights(torch.nn.BatchNorm1d(2)) == hash_weights(torch.nn.BatchNorm1d(2))
+
+
 def test_a_row_takes_its_cache_and_its_scores():
     lm = lm_of(context=["ab", "bacab"])
     per_token = 2 * 2 * 2 * 4 * 8  # keys and values, 2 layers, 2 heads of 4, float64
@@ -304,6 +310,27 @@ def test_context_and_completion_join_into_the_text():
     rows = lm.sequences([[2, 3, 4], [1, 2, 3], [1, 2, 3]], [0, 1, 2])
     assert rows.text == ["s sat", " cats sat", "cats sat"]
     assert rows.full_text == ["the cats sat", "the cats sat", "cats sat"]
+
+
+def byte_tokenizer():
+    """One token a byte, as byte-level BPE has before its merges; EOS is 256."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({s: i for i, s in enumerate([*symbols, "</s>"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_a_stop_string_may_span_tokens_and_parts_of_a_character():
+    letters = byte_tokenizer()
+    lm = lm_of(network("llama", 257, torch.float32), letters, stop=["né"], max_new_tokens=6)
+    ids = letters("anée", add_special_tokens=False).input_ids
+    assert len(ids) == 5
+    parsed = lm.parse(torch.tensor([[*ids, 256], [*ids[:2], 256, *ids[:3]], [*ids[3:4], *ids]]), torch.zeros(3).long())
+    assert parsed.lengths.tolist() == [4, 3, 5]
+    assert parsed.finished.tolist() == [True, True, True]
+    assert parsed.text == ["a", "an", "\ufffda"]
+    assert lm.with_contexts(["b"])._text is lm._text
 
 
 def test_the_name_lm_is_the_class():
