@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 MEMORY_BUDGET = 1 << 30  # bytes that one micro-batch may take
-SCORED_POSITIONS = 2048  # tokens in one teacher-forced micro-batch: more fit in memory, but not in a processor's cache
+SCORED_POSITIONS = 4096  # tokens in one teacher-forced micro-batch: more fit in memory, but not in a processor's cache
 
 
 class CountingDecoder:
@@ -215,9 +215,18 @@ def _compacting_index(over: Tensor) -> Tensor:
 
 
 def token_log_probs(
-    lm: LanguageModel, sequences: Sequences, *, cost: Cost | None = None, batch_size: int | None = None
+    lm: LanguageModel,
+    sequences: Sequences,
+    *,
+    cost: Cost | None = None,
+    batch_size: int | None = None,
+    grad: bool = False,
 ) -> Tensor:
-    """(N, T) log p(x_t|c, x_<t), teacher-forced in length-sorted micro-batches; 0 after the end of a row."""
+    """(N, T) log p(x_t|c, x_<t), teacher-forced in length-sorted micro-batches; 0 after the end of a row.
+
+    With `grad` the result can be differentiated (decoders with the capability "grad"); autograd then keeps the scores of
+    all positions.
+    """
     counter = Cost() if cost is None else cost
     result = torch.zeros(sequences.ids.shape, dtype=lm.dtype, device=lm.device)
     if len(sequences) == 0:
@@ -225,7 +234,7 @@ def token_log_probs(
     ids, lengths, context = (x.to(lm.device) for x in (sequences.ids, sequences.lengths, sequences.context))
     order = torch.argsort(lengths * lm.num_contexts + context, stable=True)
     size = batch_size or min(plan_rows(lm, len(order)), max(1, SCORED_POSITIONS // max(1, int(lengths.max()))))
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         for rows in order.split(size):
             width = max(1, int(lengths[rows].max()))
             tokens = ids[rows, :width]
@@ -235,7 +244,7 @@ def token_log_probs(
             result[rows, 0] = torch.log_softmax(step.logits[:, -1], -1)[row_of, tokens[:, 0]]
             if width > 1:
                 state = decoder.select(state, row_of)
-                step, _ = decoder.extend(state, tokens[:, :-1])
+                step, _ = decoder.extend(state, tokens[:, :-1], grad=grad)
                 result[rows, 1:width] = step.log_prob_of(tokens[:, 1:])
     after = torch.arange(result.shape[1], device=lm.device) >= lengths[:, None]
     return result.masked_fill_(after, 0.0)

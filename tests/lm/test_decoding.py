@@ -211,6 +211,23 @@ def test_scoring_never_holds_the_scores_of_all_positions():
     torch.testing.assert_close(got, step.log_probs.gather(2, draws.ids[:, 1:, None])[..., 0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_scores_can_be_differentiated(kind):
+    lm = random_lm(kind)
+    draws = lm.draw(6, generator=torch.Generator().manual_seed(0))
+    weight = lm.network.model.model.layers[0].self_attn.v_proj.weight
+    (got,) = torch.autograd.grad(token_log_probs(lm, draws, grad=True).sum(), weight)
+    want = torch.zeros_like(weight)
+    for context, row in zip(draws.context.tolist(), draws.token_lists(), strict=True):
+        start = int(lm.context_lengths[context])
+        ids = torch.tensor([[*lm.context_ids[context, -start:].tolist(), *row]])
+        law = torch.log_softmax(lm.network.model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1], -1)
+        want += torch.autograd.grad(law.gather(1, ids[0, start:, None]).sum(), weight)[0]
+    # Their norms are computed in float32, so that gradients summed in another order differ by float32's rounding.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not token_log_probs(lm, draws).requires_grad
+
+
 # Helpers.
 
 
