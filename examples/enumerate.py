@@ -4,8 +4,8 @@
     python examples/enumerate.py
 
 The prior is a two-letter language with an end symbol. The declaration likes the letter b and forbids "aa". Both the
-prior and the posterior are tables that fit on a screen, so a surprising posterior is a surprising *declaration*: there is
-no inference error to blame.
+prior and the posterior are tables that fit on a screen, so a surprising posterior is a surprising *declaration*:
+there is no inference error to blame.
 """
 
 import lmppl
@@ -28,7 +28,9 @@ def count_b(texts: list[str]) -> list[int]:
     return [text.count("b") for text in texts]
 
 
-model = prior * lmppl.Reward(count_b, beta=1.0, upper=4) * lmppl.Constraint(lmppl.Automaton.avoiding("aa"), name="no_aa")
+model = (
+    prior * lmppl.Reward(count_b, beta=1.0, upper=4) * lmppl.Constraint(lmppl.Automaton.avoiding("aa"), name="no_aa")
+)
 engines = [lmppl.Exact(), lmppl.Rejection(), lmppl.Importance(4096)]
 
 

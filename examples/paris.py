@@ -3,13 +3,13 @@
     lmppl compare examples/paris.py --num-draws 200
     python examples/paris.py
 
-The evidence is an indicator, so log Z is the log of the prior probability that the text contains the word, and rejection
-gives exact draws at a cost of 1/Z proposals each.
+The evidence is an indicator, so log Z is the log of the prior probability that the text contains the word, and
+rejection gives exact draws at a cost of 1/Z proposals each.
 """
 
 import lmppl
 
-prior = lmppl.LM("tiny", context="Last summer we", max_new_tokens=24)
+prior = lmppl.LM("tiny", context="My favourite city is", max_new_tokens=24)
 
 
 def mentions_paris(texts: list[str]) -> list[bool]:

@@ -4,9 +4,9 @@
     lmppl compare examples/reviews.py
     python examples/reviews.py
 
-`sentiment` is VADER's compound score in [−1, 1]. The classifier of alt-profanity-check gives P(offensive), so the log of
-its complement is exactly log p(O=1|x) with O = "not offensive". The constraint reuses the same scorer, which therefore
-runs once on each text.
+`sentiment` is VADER's compound score in [−1, 1]. The classifier of alt-profanity-check gives P(offensive), so the log
+of its complement is exactly log p(O=1|x) with O = "not offensive". The constraint reuses the same scorer, which
+therefore runs once on each text.
 """
 
 import numpy as np

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-PACKAGES = sorted(
-    ".".join(init.parent.relative_to(PROJECT).parts) for init in (PROJECT / "lmppl").rglob("__init__.py")
-)
+PACKAGES = sorted(".".join(init.parent.relative_to(PROJECT).parts) for init in (PROJECT / "lmppl").rglob("__init__.py"))
 
 # Each costs a tenth of a second or more, or belongs to an extra; all are imported where they are used.
 HEAVY = (

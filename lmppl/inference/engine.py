@@ -123,8 +123,8 @@ def shard_generator(shard: Shard) -> torch.Generator:
 class Engine(ABC):
     """Base of every engine: configuration only; validated when planned.
 
-    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` and `merge`; the default
-    plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
+    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` and `merge`; the
+    default plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
     """
 
     name: ClassVar[str]

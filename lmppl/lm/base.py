@@ -73,19 +73,24 @@ class Decoder(Protocol):
     """Steps B rows of one LM; rows share one `State`.
 
     `capabilities` names what this architecture's cache can really do, found by test: "crop" (one length for the whole
-    batch), "ragged" (a length for each row), "hidden" (`Step.hidden` is a real representation), "grad", "chunk" (several
-    tokens in one forward after a prefill).
+    batch), "ragged" (a length for each row), "hidden" (`Step.hidden` is a real representation), "grad", "chunk"
+    (several tokens in one forward after a prefill).
     """
 
     capabilities: frozenset[str]
 
-    def prefill(self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Step, State]:
-        """Start B rows: `context` (B,) indexes the LM's contexts, `prefix` (B, k) are completion tokens that are there
-        already, right-padded to `lengths` (B,). Step (B, 1, V) is the law of the next token after them."""
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, State]:
+        """Start B rows; Step (B, 1, V) is the law of the next token of each.
+
+        `context` (B,) indexes the LM's contexts; `prefix` (B, k) are completion tokens that are there already,
+        right-padded to `lengths` (B,).
+        """
         ...
 
     def extend(self, state: State, tokens: Tensor, *, grad: bool = False) -> tuple[Step, State]:
-        """Append `tokens` (B, k); Step (B, k, V) is the law of the next token after each. The given state is consumed."""
+        """Append `tokens` (B, k); Step (B, k, V) is the law of the next token after each. Consumes the given state."""
         ...
 
     def crop(self, state: State, lengths: Tensor) -> State:
@@ -197,8 +202,10 @@ class LanguageModel(TorchDistribution):
         return 8 * num_tokens + 4 * 8 * self.vocab_size
 
     def ended(self, ids: Tensor, step: int) -> Tensor:
-        """(B,) whether the rows `ids` (B, ≥ step+1), alive before, end with the token at `step`: EOS here; stop strings
-        in LMs that have them. The cap is not asked here."""
+        """(B,) whether the rows `ids` (B, ≥ step+1), alive before, end with the token at `step`.
+
+        By EOS here, by stop strings in LMs that have them; the cap is not asked.
+        """
         if not self.eos_ids:
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         return torch.isin(ids[:, step], torch.tensor(self.eos_ids, device=ids.device))
@@ -319,7 +326,8 @@ class LanguageModel(TorchDistribution):
         probabilities of all ids sum to 1.
         """
         if value.shape[-1:] != self.event_shape:
-            raise ShapeError(f"log_prob: got last dimension {tuple(value.shape[-1:])}, expected {tuple(self.event_shape)}")
+            got, expected = tuple(value.shape[-1:]), tuple(self.event_shape)
+            raise ShapeError(f"log_prob: got last dimension {got}, expected {expected}")
         if value.is_floating_point():
             raise ShapeError(f"log_prob: got ids of dtype {value.dtype}, expected int64")
         if bool(((value < 0) | (value >= self.vocab_size)).any()):
@@ -356,8 +364,9 @@ class LanguageModel(TorchDistribution):
         return super().expand(torch.Size(batch_shape), _instance)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """(S, C, T) ids of every outcome (S, 1, T if not `expand`), those of zero probability under a context included
-        where another context gives them some.
+        """(S, C, T) ids of every outcome of any context; (S, 1, T) if not `expand`.
+
+        An outcome that one context excludes has log-probability −inf there.
 
         Raises
         ------

@@ -224,8 +224,8 @@ def token_log_probs(
 ) -> Tensor:
     """(N, T) log p(x_t|c, x_<t), teacher-forced in length-sorted micro-batches; 0 after the end of a row.
 
-    With `grad` the result can be differentiated (decoders with the capability "grad"); autograd then keeps the scores of
-    all positions.
+    With `grad` the result can be differentiated (decoders with the capability "grad"); autograd then keeps the scores
+    of all positions.
     """
     counter = Cost() if cost is None else cost
     result = torch.zeros(sequences.ids.shape, dtype=lm.dtype, device=lm.device)

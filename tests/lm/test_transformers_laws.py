@@ -1,9 +1,9 @@
 """`check_language_model`, which users run on their own LMs, on every architecture here."""
 
 import pytest
-from tests.lm.random_models import KINDS, random_lm
 
 from lmppl.testing import check_language_model
+from tests.lm.random_models import KINDS, random_lm
 
 OPTIONS = {
     "plain": {},
