@@ -80,8 +80,8 @@ def _estimate(result: Approximation, context: int) -> dict[str, Any] | None:
         return None
     best = result.log_normalizer[0]
     ends = [None, None] if best.interval is None else best.interval[context].tolist()
-    low, high = (None if e is None or math.isinf(e) else e for e in ends)
-    return {"value": float(best.value[context]), "low": low, "high": high, "kind": best.kind}
+    value, low, high = (None if e is None or not math.isfinite(e) else e for e in (float(best.value[context]), *ends))
+    return {"value": value, "low": low, "high": high, "kind": best.kind, "note": best.note}
 
 
 def print_run(result: Approximation, out: Path | None) -> None:
@@ -102,7 +102,8 @@ def print_run(result: Approximation, out: Path | None) -> None:
     facts.add_row("cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s")
     console.print(facts)
     console.print()
-    console.print(Text("Some draws of the posterior" if _has_weights(draws) else "Some draws", style="bold"))
+    law = "the engine's own law" if result.guarantee is Guarantee.HEURISTIC else "the posterior"
+    console.print(Text(f"Some draws of {law}", style="bold"))
     generator = torch.Generator().manual_seed(result.seed)
     sample = draws.resample(SHOWN, generator=generator) if _has_weights(draws) else _first(draws)
     for context, text in zip(sample.context.tolist(), sample.text, strict=True):
@@ -136,7 +137,7 @@ def _log_z(result: Approximation, context: int) -> str:
     text = f"{float(best.value[context]):.4f}"
     if best.interval is not None and best.kind != "exact":
         low, high = best.interval[context].tolist()
-        text += f"  [{low:.4f}, {high:.4f}] at {best.level:.0%}"
+        text += "  (no interval)" if math.isnan(low) else f"  [{low:.4f}, {high:.4f}] at {best.level:.0%}"
     return text + (" exactly" if best.kind == "exact" else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -66,7 +67,7 @@ class Law:
         soft = model is not None and all(f.hard is False for f in model.factors)
         return self.kind in ("policy", "proposal", "other") and not soft
 
-    @property
+    @cached_property
     def weights(self) -> Tensor:
         """(N,) what the row's means use: the engine's weights; equal ones for a policy, which is taken as it is."""
         if self.kind != "policy":

@@ -62,11 +62,16 @@ class Reference:
         Raises
         ------
         ModelError
-            Where it has no estimate of log Z, speaks of other contexts, or is a heuristic: its draws are no draws of
-            π*.
+            Where it has no estimate of log Z, is of another declaration or other contexts, or is a heuristic: its
+            draws are no draws of π*.
         """
         if approximation.draws.prompts != model.prior.prompts:
             raise ModelError("reference: its contexts are not those of the model")
+        if approximation.model is not None and approximation.model.spec_hash != model.spec_hash:
+            raise ModelError(
+                f"reference: {approximation!r} is of another declaration, {approximation.model.formula}, expected "
+                f"{model.formula}"
+            )
         if approximation.guarantee is Guarantee.HEURISTIC or not approximation.log_normalizer:
             raise ModelError(
                 f"reference: {approximation!r} is no approximation of π*; use Exact, Rejection or Importance"

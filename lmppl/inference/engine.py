@@ -323,6 +323,9 @@ class _Run:
         """Compile the declaration and choose the engine; refuse what it cannot do."""
         from lmppl.inference.resolve import resolve_engine
 
+        budget = request.budget
+        if budget is not None and budget.lm_tokens is None and budget.seconds is None:
+            raise ModelError("budget: got no limit, expected lm_tokens= or seconds=: such a run would never end")
         target = Target(model if isinstance(model, Model) else Model(model))
         chosen = resolve_engine(engine, target.form)
         reason = chosen.unsupported_reason(target.form)

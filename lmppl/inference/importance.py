@@ -32,6 +32,8 @@ from lmppl.sequences import Draws, Estimate, concatenate
 
 __all__ = ["Importance", "importance_log_weights", "log_mixture"]
 
+ROUNDING = 1e-9  # nats; far above the float64 rounding of log γ − log q
+
 
 def importance_log_weights(log_gamma: Tensor, log_q: Tensor) -> Tensor:
     """(N,) log w = log γ − log q, in nats and float64; −inf where γ = 0.
@@ -188,6 +190,8 @@ class Importance(Engine):
         parts = []
         if from_prior < count:
             drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost).to(device)
+            # γ is a function of the ids: another vocabulary of equal size must not change what the factors read.
+            drawn = replace(drawn, decoder=target.prior.decode)
             _check_outcomes(drawn, target.prior)
             parts.append(replace(drawn, log_prior=target.log_prior(drawn)))
         if from_prior > 0:
@@ -206,7 +210,8 @@ class Importance(Engine):
         if lm is None:
             log_bound = target.form.log_upper
         elif self.defensive > 0.0:
-            log_bound = target.form.log_upper - math.log(self.defensive)
+            # A bound that is a hair larger is a bound too; rounding of the densities never exceeds it.
+            log_bound = target.form.log_upper - math.log(self.defensive) + ROUNDING
         coverage = ""
         if lm is not None and self.defensive == 0.0 and _truncates(lm):
             coverage = "the proposal is truncated, so it may not cover π*: then E Ẑ < Z and no weight shows it"

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 MEMORY_BUDGET = 1 << 30  # bytes that one micro-batch may take
-SCORED_POSITIONS = 4096  # tokens in one teacher-forced micro-batch: more fit in memory, but not in a processor's cache
+SCORED_POSITIONS = 2048  # tokens in one teacher-forced micro-batch; twice as many: twice the memory, 3 % less time
 
 
 class CountingDecoder:

@@ -33,6 +33,7 @@ model = prior * Reward(count_a, beta=1) * Constraint(lambda texts: ["bb" not in 
 impossible = prior * Constraint(never)
 broken = prior * Reward(lambda texts: [1.0], name="one")
 bounded = prior * Reward(count_a, beta=1, upper=4)
+even = TabularLM.random(3, 4, seed=0) * Reward(lambda texts: [0.5] * len(texts), name="even")
 pressed = prior * Reward(lambda texts: (_ for _ in ()).throw(KeyboardInterrupt), name="pressed")
 engines = ["exact", Importance(40)]
 """
@@ -112,6 +113,19 @@ def test_infer_as_json_keeps_stdout_clean(spec: str, tmp_path: Path) -> None:
     data = json.loads(call("infer", spec, "-n", "5", "-e", "importance(20)", "--json", "-o", str(out)).stdout)
     assert data["out"] == str(out)
     assert "draws" not in data
+
+
+def test_an_interval_that_does_not_exist_is_null(spec: str) -> None:
+    (estimate,) = json.loads(call("infer", f"{spec}:even", "-e", "importance(20)", "--json").stdout)["log_z"]
+    assert estimate["value"] == pytest.approx(0.5)
+    assert (estimate["low"], estimate["high"]) == (None, None)
+    assert "weights are equal" in estimate["note"]
+    assert "(no interval)" in call("infer", f"{spec}:even", "-e", "importance(20)").stdout
+
+
+def test_draws_are_called_what_they_are(spec: str) -> None:
+    assert "draws of the posterior" in call("infer", f"{spec}:bounded", "-e", "rejection", "-n", "5").stdout
+    assert "draws of the engine's own law" in call("infer", f"{spec}:bounded", "-e", "best_of_n(2)", "-n", "5").stdout
 
 
 def test_infer_without_an_engine_takes_the_first_that_can_run(spec: str) -> None:

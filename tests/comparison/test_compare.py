@@ -150,6 +150,8 @@ def test_a_reference_of_ones_own_is_used_and_checked() -> None:
         compare(declared, [], infer(declared, BestOfN(2), 10))
     with pytest.raises(ModelError, match="contexts"):
         compare(model(["", "a"]), [], sampled)
+    with pytest.raises(ModelError, match="reference: .* is of another declaration"):
+        compare(declared.without("a") * Reward(count_of("a"), beta=9, name="a"), [], sampled)
 
 
 def test_where_nothing_is_exact_each_row_uses_its_own_log_z() -> None:

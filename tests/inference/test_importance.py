@@ -280,6 +280,27 @@ def test_tied_weights_leave_khat_undefined_with_a_reason() -> None:
     assert all(note.startswith("k̂ undefined") for note in result.info["khat_note"])
 
 
+def test_weights_at_their_bound_survive_rounding() -> None:
+    """All evidence holds and q is negligible at the prior's draws, so that w = 1/α up to rounding."""
+    prior = TabularLM([0.55, 0.3, 0.15], ["a", "b", "<eos>"], max_new_tokens=12)
+    elsewhere = TabularLM([1e-9, 1 - 2e-9, 1e-9], ["a", "b", "<eos>"], max_new_tokens=12)
+    model = prior * Constraint(lambda texts: [True] * len(texts), name="always")
+    for share, seed in itertools.product((0.1, 0.3, 0.7), range(3)):
+        estimates = infer(model, Importance(200, proposal=elsewhere, defensive=share), seed=seed).log_normalizer
+        low, high = estimates[1].interval[0].tolist()
+        assert low <= 0.0 <= high
+
+
+def test_factors_read_the_priors_text_whatever_the_proposal_calls_its_tokens() -> None:
+    """Two vocabularies of equal size: γ is a function of the ids, which only the prior may decode."""
+    prior = TabularLM([0.5, 0.3, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
+    renamed = TabularLM([0.5, 0.3, 0.2], ["b", "a", "<eos>"], max_new_tokens=3)
+    model = prior * Reward(lambda texts: [float(t.count("a")) for t in texts], name="a")
+    draws = infer(model, Importance(200, proposal=renamed)).draws
+    assert draws.text == prior.decode(draws)
+    assert draws.features["a"].tolist() == [text.count("a") for text in draws.text]
+
+
 def test_a_truncated_proposal_is_noted() -> None:
     prior = enumerable_lm("llama")
     from tests.lm.random_models import random_lm

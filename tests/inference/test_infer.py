@@ -101,6 +101,11 @@ def test_budgets_stop_after_the_shard_that_spends_them() -> None:
     assert len(result.draws) == 1024
 
 
+def test_a_budget_without_a_limit_is_refused() -> None:
+    with pytest.raises(ModelError, match="would never end"):
+        infer(model(), "importance", budget=Budget())
+
+
 def test_ctrl_c_keeps_whole_shards_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     result = infer(model(), Pressed(at=2), 3000)
     assert result.status == "interrupted"
