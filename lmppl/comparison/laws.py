@@ -14,6 +14,8 @@ from lmppl.inference.approximation import Approximation, ExactTable
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law
 from lmppl.inference.engine import Guarantee
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.tabular import TabularLM
+from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling.target import log_evidence
 from lmppl.sequences import Draws
 
@@ -62,10 +64,16 @@ class Law:
 
     @property
     def may_violate(self) -> bool:
-        """Whether q could give outcomes with γ = 0 some probability without any draw showing it."""
+        """Whether q could give outcomes with γ = 0 some probability without any draw showing it.
+
+        By a factor that can be −inf, or where another LM than the prior draws what π0 may exclude.
+        """
         model = self.approximation.model
-        soft = model is not None and all(f.hard is False for f in model.factors)
-        return self.kind in ("policy", "proposal", "other") and not soft
+        if self.kind == "posterior":
+            return False
+        if model is None or any(f.hard is not False for f in model.factors):
+            return True
+        return self.has_weights and self.density is not model.prior and not _positive_everywhere(model.prior)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -81,9 +89,9 @@ class Law:
         model = self.approximation.model
         if self.density is not None and model is not None and self.density is model.prior:
             known = reference.draws.log_prior
-            return None if known is None else known[rows].double()
+            return None if known is None else known[rows]
         if self.density is not None:
-            return self.density.score(reference.draws.select(rows).sequences).double()
+            return self.density.score(reference.draws.select(rows).sequences)
         engine = self.approximation.engine
         if isinstance(engine, BestOfN) and reference.enumerated:
             table = reference.draws.select(rows)
@@ -124,6 +132,13 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None) ->
             return Law("proposal", "π0", approximation, approximation.model.prior)
         return Law("proposal", "a proposal", approximation)
     return Law("other", "its own", approximation)
+
+
+def _positive_everywhere(prior: LanguageModel) -> bool:
+    """Whether every token has positive probability after every prefix, as far as the LM's kind tells."""
+    if isinstance(prior, TabularLM):
+        return bool((prior.log_table > -torch.inf).all())
+    return isinstance(prior, TransformersLM) and prior.top_k is None and prior.top_p is None
 
 
 def _drawn_from_prior(draws: Draws) -> bool:

@@ -89,17 +89,13 @@ class BestOfN(Engine):
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
         """Shards of about 1,024 proposals, so that progress and budgets see the forwards that are really made."""
-        if self.n < 1:
-            raise ModelError(f"BestOfN: got n = {self.n}, expected at least 1")
+        if not isinstance(self.n, int) or self.n < 1:
+            raise ModelError(f"BestOfN: got n = {self.n!r}, expected at least 1, an integer")
         known = (*target.form.factor_names, *target.model.features)
         if self.score is not None and self.score not in known:
             raise ModelError(f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted(known)}")
         contexts = tuple(range(target.form.num_contexts))
-        wanted = request.num_draws
-        if wanted is None and request.budget is None:
-            wanted = self.num_draws
-        if wanted is not None and wanted < 1:
-            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
+        wanted = self.wanted(request)
         size = max(1, SHARD_DRAWS // (len(contexts) * self.n))
         counts = [size] if wanted is None else [min(size, wanted - start) for start in range(0, wanted, size)]
         shards = [make_shard(target, i, count, request.seed, contexts) for i, count in enumerate(counts)]
@@ -113,7 +109,7 @@ class BestOfN(Engine):
         proposals = target.evaluate(proposals)
         possible = log_evidence(proposals) > -torch.inf
         chosen = _best_of_each(self._scores(proposals).view(-1, self.n), generator)
-        draws = replace(proposals.select(chosen), log_q=None)
+        draws = proposals.select(chosen).with_columns(log_q=None)
         count = torch.bincount(proposals.context[possible].cpu(), minlength=target.form.num_contexts)
         return Part(shard, draws, info={"possible": count})
 

@@ -77,6 +77,27 @@ class Request:
     budget: Budget | None
     seed: int
 
+    def check(self) -> None:
+        """Raise `ModelError` on a wrong argument, before anything runs."""
+        if self.num_draws is not None and not (_is_integer(self.num_draws) and self.num_draws >= 1):
+            raise ModelError(f"num_draws: got {self.num_draws!r}, expected at least 1, an integer")
+        if not _is_integer(self.seed):
+            raise ModelError(f"seed: got {self.seed!r}, expected an integer")
+        if self.budget is None:
+            return
+        if not isinstance(self.budget, Budget):
+            raise ModelError(f"budget: got {self.budget!r}, expected lmppl.Budget(lm_tokens=...) or Budget(seconds=...)")
+        limits = (self.budget.lm_tokens, self.budget.seconds)
+        if all(limit is None for limit in limits):
+            raise ModelError("budget: Budget() has no limit; give lm_tokens= or seconds=")
+        for name, limit in zip(("lm_tokens", "seconds"), limits, strict=True):
+            if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+                raise ModelError(f"budget: got {name}={limit!r}, expected a positive number")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -151,16 +172,22 @@ class Engine(ABC):
     @property
     def default_draws(self) -> int:
         """Draws per context where neither `infer` nor a budget says."""
-        return int(getattr(self, "num_draws", 1000))
+        draws: int = getattr(self, "num_draws", 1000)
+        return draws
+
+    def wanted(self, request: Request) -> int | None:
+        """Draws per context that the run is to end with; None where only a budget ends it."""
+        wanted = request.num_draws
+        if wanted is None and request.budget is None:
+            wanted = self.default_draws
+        if wanted is not None and not (_is_integer(wanted) and wanted >= 1):
+            raise ModelError(f"num_draws: got {wanted!r}, expected at least 1, an integer")
+        return wanted
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
         """The first shards; `replan` may add more once these are done."""
         contexts = tuple(range(target.form.num_contexts))
-        wanted = request.num_draws
-        if wanted is None and request.budget is None:
-            wanted = self.default_draws
-        if wanted is not None and wanted < 1:
-            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
+        wanted = self.wanted(request)
         size = max(1, SHARD_DRAWS // len(contexts))
         if wanted is None:
             return [make_shard(target, 0, size, request.seed, contexts)]
@@ -323,9 +350,7 @@ class _Run:
         """Compile the declaration and choose the engine; refuse what it cannot do."""
         from lmppl.inference.resolve import resolve_engine
 
-        budget = request.budget
-        if budget is not None and budget.lm_tokens is None and budget.seconds is None:
-            raise ModelError("budget: got no limit, expected lm_tokens= or seconds=: such a run would never end")
+        request.check()
         target = Target(model if isinstance(model, Model) else Model(model))
         chosen = resolve_engine(engine, target.form)
         reason = chosen.unsupported_reason(target.form)

@@ -110,7 +110,7 @@ class Exact(Engine):
             law = _law_of_table(target, table, log_gamma)
             setup = replace(target.cost - before, seconds=time.perf_counter() - start)
             log_posterior = log_gamma - law.log_normalizer[table.context]
-            draws = _with(table, log_weight=log_gamma, log_q=log_posterior)
+            draws = table.with_columns(log_weight=log_gamma, log_q=log_posterior)
         else:
             law = _law_of_machine(target)
             setup = replace(target.cost - before, seconds=time.perf_counter() - start)
@@ -179,7 +179,7 @@ def _no_posterior(target: Target, context: int, excluding: Sequence[str]) -> Inf
 def _drawn(target: Target, law: AutomatonLM, shard: Shard) -> Draws:
     """Exact draws from the law, scored under the prior and, as a check of the automata, by the factors themselves."""
     drawn = draw(law, shard.num_draws, generator=shard_generator(shard), cost=target.cost, batch_size=shard.batch_size)
-    draws = target.evaluate(_with(drawn, log_prior=target.log_prior(drawn)))
+    draws = target.evaluate(drawn.with_columns(log_prior=target.log_prior(drawn)))
     for name, values in draws.log_factors.items():
         wrong = torch.nonzero(values != 0.0)
         if len(wrong):
@@ -189,11 +189,3 @@ def _drawn(target: Target, law: AutomatonLM, shard: Shard) -> Draws:
                 "automaton accepts; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
             )
     return draws
-
-
-def _with(draws: Draws, **columns: Tensor) -> Draws:
-    """`draws` with other columns, decoded text kept."""
-    other = replace(draws, **columns)  # type: ignore[arg-type]
-    if "text" in draws.__dict__:
-        other.__dict__["text"] = draws.text
-    return other

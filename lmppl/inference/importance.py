@@ -27,7 +27,7 @@ from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, shar
 from lmppl.inference.proposals import as_proposal, check_bounds, propose
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.target import Target, log_evidence, replace_columns
+from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, Estimate, concatenate
 
 __all__ = ["Importance", "importance_log_weights", "log_mixture"]
@@ -163,7 +163,7 @@ class Importance(Engine):
         sorted_draws = draws.select(order)
         if self.pareto_smoothing:
             columns = {**sorted_draws.columns, "raw_log_weight": raw[order]}
-            new = torch.cat([w for w, _ in smoothed]).to(raw.device)
+            new = torch.cat([w for w, _ in smoothed])
             sorted_draws = sorted_draws.with_columns(log_weight=new, columns=columns)
         return Particles(sorted_draws, estimates, self.guarantee, info)
 
@@ -185,18 +185,18 @@ class Importance(Engine):
 
     def _proposed(self, target: Target, lm: LanguageModel, shard: Shard, generator: torch.Generator) -> Draws:
         """Draws of q or of the defensive mixture, with log π0 and log q; each LM scores what it did not draw."""
-        count, cost, device = shard.num_draws, target.cost, target.prior.device
+        count, cost = shard.num_draws, target.cost
         from_prior = math.ceil(self.defensive * count)
         parts = []
         if from_prior < count:
-            drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost).to(device)
+            drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost)
             # γ is a function of the ids: another vocabulary of equal size must not change what the factors read.
             drawn = replace(drawn, decoder=target.prior.decode)
             _check_outcomes(drawn, target.prior)
             parts.append(replace(drawn, log_prior=target.log_prior(drawn)))
         if from_prior > 0:
             drawn = propose(target.prior, shard, from_prior, generator=generator, cost=cost)
-            parts.append(replace(drawn, log_q=lm.score(drawn, cost=cost).to(device)))
+            parts.append(replace(drawn, log_q=lm.score(drawn, cost=cost)))
         draws = concatenate(parts, pad_id=target.prior.pad_id)
         if from_prior == 0:
             return draws
@@ -255,8 +255,7 @@ def _evaluate_inside(target: Target, draws: Draws) -> Draws:
         whole[inside] = column
         return whole
 
-    return replace_columns(
-        draws,
+    return draws.with_columns(
         features={name: spread(column) for name, column in part.features.items()},
         log_factors={name: spread(column) for name, column in part.log_factors.items()},
     )

@@ -84,11 +84,6 @@ class PosteriorLM(LanguageModel):
         """float64."""
         return torch.float64
 
-    @property
-    def device(self) -> torch.device:
-        """The prior's."""
-        return self.prior.device
-
     def bytes_per_row(self, num_tokens: int) -> int:
         """As `LanguageModel.bytes_per_row`: history of states, and float64 scores with what sampling makes of them."""
         return 8 * (2 * num_tokens + 6 * max(self.vocab_size, 256))

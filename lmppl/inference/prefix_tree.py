@@ -41,8 +41,8 @@ class PrefixTreeLM(PosteriorLM):
         # On the CPU, where sums have one order, so that the same table gives the same bits.
         possible = torch.nonzero(log_gamma > -torch.inf).squeeze(1)
         kept, log_mass = outcomes.select(possible).to("cpu"), log_gamma[possible].double().cpu()
-        num_contexts, vocab, device = prior.num_contexts, prior.vocab_size, prior.device
-        super().__init__(prior, torch.arange(num_contexts, device=device))
+        num_contexts, vocab = prior.num_contexts, prior.vocab_size
+        super().__init__(prior, torch.arange(num_contexts))
 
         root_mass = _segment_logsumexp(log_mass, kept.context, num_contexts)
         node, parent_mass = kept.context, root_mass
@@ -60,11 +60,11 @@ class PrefixTreeLM(PosteriorLM):
         # so that the edges of one node are neighbours; and past the last edge comes the node off the tree.
         edges = torch.cat(keys)
         degree = torch.bincount(edges // vocab, minlength=total + 1)
-        self.log_normalizer = root_mass.to(device)
-        self._keys = torch.cat([edges, torch.tensor([-1])]).to(device)
-        self._log_probs = torch.cat(log_probs).to(device)
-        self._degree = degree.to(device)
-        self._start = (degree.cumsum(0) - degree).to(device)
+        self.log_normalizer = root_mass
+        self._keys = torch.cat([edges, torch.tensor([-1])])
+        self._log_probs = torch.cat(log_probs)
+        self._degree = degree
+        self._start = (degree.cumsum(0) - degree)
         self._off = total
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:

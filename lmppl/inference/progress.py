@@ -75,9 +75,7 @@ def finished_share(engine: Engine, request: Request, parts: Sequence[Part]) -> f
     if not parts:
         return None
     shares = []
-    wanted = request.num_draws
-    if wanted is None and request.budget is None:
-        wanted = engine.default_draws
+    wanted = engine.wanted(request)
     if wanted is not None:
         shares.append(sum(len(p.draws) for p in parts) / (wanted * len(parts[0].shard.contexts)))
     if request.budget is not None:

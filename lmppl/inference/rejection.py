@@ -25,6 +25,7 @@ __all__ = ["Rejection", "RejectionShard", "accepts", "log_acceptance_probability
 log = logging.getLogger(__name__)
 
 SAFETY = 1.2  # proposals of the next shard, over what the acceptance rate so far asks for
+MANY_PROPOSALS = 200_000  # per context, beyond which a run announces its length
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,14 @@ class Rejection(Engine):
             raise ModelError(f"Rejection: got max_tries={self.max_tries}, batch={self.batch}, expected at least 1")
         if self.log_upper is not None and not math.isfinite(self.log_upper):
             raise ModelError(f"Rejection: got log_upper={self.log_upper}, expected a finite number of nats")
-        wanted = request.num_draws
-        if wanted is None and request.budget is None:
-            wanted = self.default_draws
-        if wanted is not None and wanted < 1:
-            raise ModelError(f"num_draws: got {wanted}, expected at least 1")
-        count = target.form.num_contexts
-        zeros = torch.zeros(count, dtype=torch.int64)
-        return self._next(target, 0, request.seed, wanted, zeros, zeros)
+        zeros = torch.zeros(target.form.num_contexts, dtype=torch.int64)
+        return self._next(target, 0, request.seed, self.wanted(request), zeros, zeros)
 
     def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
         last = _shard(parts[-1])
         tried, accepted = _tally(parts)
+        if len(parts) == 1 and last.wanted is not None:
+            _warn_if_rare(last.wanted, tried, accepted)
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)
 
     def _next(
@@ -151,7 +148,7 @@ class Rejection(Engine):
     def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
         generator = shard_generator(shard)
         rows = shard.num_draws * len(shard.contexts)
-        uniforms = torch.rand(rows, dtype=torch.float64, generator=generator).to(target.prior.device)
+        uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
         proposals = propose(target.prior, shard, shard.num_draws, generator=generator, cost=target.cost)
         proposals = target.evaluate(proposals)
         check_bounds(proposals, target.factors, self.log_upper)
@@ -243,6 +240,19 @@ def _shard(part: Part) -> RejectionShard:
     if not isinstance(part.shard, RejectionShard):
         raise ModelError(f"rejection: got a {type(part.shard).__name__}, expected shards planned by Rejection")
     return part.shard
+
+
+def _warn_if_rare(wanted: int, tried: Tensor, accepted: Tensor) -> None:
+    """Say after the first shard that the run will be long, so that nobody waits unaware."""
+    rate = float(((accepted + 1) / (tried + 1)).min())
+    if wanted / rate > MANY_PROPOSALS:
+        log.warning(
+            "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a tighter upper=, "
+            "fewer draws, or the engine 'importance' takes less",
+            f"{1 / rate:,.0f}",
+            f"{wanted:,}",
+            f"{wanted / rate:,.0f}",
+        )
 
 
 def _tally(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

@@ -194,7 +194,7 @@ class LanguageModel(TorchDistribution):
 
     @property
     def device(self) -> torch.device:
-        """Where ids and log-probabilities live."""
+        """Where forwards run; draws live on the CPU."""
         return torch.device("cpu")
 
     def bytes_per_row(self, num_tokens: int) -> int:
@@ -237,7 +237,7 @@ class LanguageModel(TorchDistribution):
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None, cost: Cost | None = None) -> Draws:
         """`num_draws` exact draws per context with their log-probabilities, from the same forwards.
 
-        Rows are ordered by context. `log_prior` and `log_q` both hold log p(x|c); weights are equal.
+        Rows are ordered by context, on the CPU, equally weighted. `log_prior` and `log_q` both hold log p(x|c).
 
         Parameters
         ----------
@@ -300,7 +300,6 @@ class LanguageModel(TorchDistribution):
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         where = torch.tensor([0] * len(rows) if context is None else list(context), dtype=torch.int64)
-        ids, lengths, where = ids.to(self.device), lengths.to(self.device), where.to(self.device)
         parsed = self.parse(ids, where)
         finished = parsed.finished & parsed.lengths.eq(lengths)
         return Sequences(ids, lengths, finished, where, self.prompts, self.decode)
@@ -317,7 +316,7 @@ class LanguageModel(TorchDistribution):
         shape = torch.Size(sample_shape)
         draws = self.draw(shape.numel())
         by_context = draws.ids.view(self.num_contexts, shape.numel(), self.max_new_tokens)
-        return by_context.transpose(0, 1).reshape(shape + self.batch_shape + self.event_shape)
+        return by_context.transpose(0, 1).reshape(shape + self.batch_shape + self.event_shape).to(self.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x|c) of ids with shape sample_shape + (C, T): shape sample_shape + (C,), in nats.

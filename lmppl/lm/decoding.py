@@ -3,6 +3,9 @@
 Drawing keeps log p(x_t|c, x_<t) of the token it draws, from the same forward. Rows of one micro-batch share one decoder
 state; finished rows are compacted out of it; a context is prefilled once in a micro-batch and expanded. Micro-batches
 have a size that is fixed before the first forward, so that the same seed repeats the same draws.
+
+Forwards run on the LM's device. What comes out of here lives on the CPU: evidence, weights and diagnostics are float64,
+which some accelerators lack, and cost nothing beside a forward.
 """
 
 from __future__ import annotations
@@ -199,10 +202,8 @@ def draw_rows(
 
     if not bool(torch.isfinite(log_p).all()):
         raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
-    return Draws(
-        ids, lengths, finished, context, lm.prompts, lm.decode,
-        log_prior=log_p, log_q=log_p, log_weight=torch.zeros_like(log_p),
-    )  # fmt: skip
+    rows = Draws(ids, lengths, finished, context, lm.prompts, lm.decode, log_prior=log_p, log_q=log_p)
+    return rows.to("cpu")
 
 
 def _compacting_index(over: Tensor) -> Tensor:
@@ -224,8 +225,8 @@ def token_log_probs(
 ) -> Tensor:
     """(N, T) log p(x_t|c, x_<t), teacher-forced in length-sorted micro-batches; 0 after the end of a row.
 
-    With `grad` the result can be differentiated (decoders with the capability "grad"); autograd then keeps the scores
-    of all positions.
+    On the device of `sequences`, wherever the LM lives. With `grad` the result can be differentiated (decoders with
+    the capability "grad"); autograd then keeps the scores of all positions.
     """
     counter = Cost() if cost is None else cost
     result = torch.zeros(sequences.ids.shape, dtype=lm.dtype, device=lm.device)
@@ -247,7 +248,7 @@ def token_log_probs(
                 step, _ = decoder.extend(state, tokens[:, :-1], grad=grad)
                 result[rows, 1:width] = step.log_prob_of(tokens[:, 1:])
     after = torch.arange(result.shape[1], device=lm.device) >= lengths[:, None]
-    return result.masked_fill_(after, 0.0)
+    return result.masked_fill_(after, 0.0).to(sequences.ids.device)
 
 
 def enumerate_outcomes(lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None) -> Draws:
@@ -289,4 +290,4 @@ def _outcomes_as_draws(lm: LanguageModel, context: int, done: list[tuple[Tensor,
     where = torch.full((len(ids),), context, dtype=torch.int64, device=ids.device)
     lengths = lm.parse(ids, where).lengths
     columns: dict[str, Any] = {"log_prior": log_p, "log_q": log_p, "log_weight": log_p}
-    return Draws(ids, lengths, finished, where, lm.prompts, lm.decode, **columns)
+    return Draws(ids, lengths, finished, where, lm.prompts, lm.decode, **columns).to("cpu")

@@ -128,7 +128,7 @@ class Target:
             On nan, on +inf, and on −inf from a factor that declares `hard=False`.
         """
         if len(sequences) == 0:
-            return {f.name: torch.zeros(0, dtype=torch.float64, device=self.prior.device) for f in self.factors}
+            return {f.name: torch.zeros(0, dtype=torch.float64) for f in self.factors}
         columns = self.features(sequences) if features is None else features
         values = {}
         for factor in self.factors:
@@ -149,15 +149,15 @@ class Target:
     def evaluate(self, draws: Draws) -> Draws:
         """`draws` (with `log_prior`) with raw features and log φ_k filled in."""
         features = self.features(draws)
-        return replace_columns(draws, features=features, log_factors=self.log_factors(draws, features))
+        return draws.with_columns(features=features, log_factors=self.log_factors(draws, features))
 
     def _column(self, name: str, feature: Feature, sequences: Sequences) -> Tensor:
         owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
         if len(sequences) == 0:
-            return torch.zeros(0, dtype=torch.float64, device=self.prior.device)
+            return torch.zeros(0, dtype=torch.float64)
         if feature.stochastic:
             self.cost.factor_calls += len(sequences)
-            return evaluate(feature, sequences, factor=owner).to(self.prior.device)
+            return evaluate(feature, sequences, factor=owner)
         known = self._known[name]
         keys = _content_keys(feature, sequences)
         fresh = known.missing(keys)
@@ -169,7 +169,7 @@ class Target:
             known.add(list(fresh), values)
         self.cost.factor_calls += len(fresh)
         self.cost.cache_hits += len(keys) - len(fresh)
-        return known.get(keys).to(self.prior.device)
+        return known.get(keys)
 
 
 class _Values:
@@ -201,11 +201,6 @@ class _Values:
         """Values of keys that are all known."""
         assert self._values is not None
         return self._values[[self._row[key] for key in keys]]
-
-
-def replace_columns(draws: Draws, *, features: dict[str, Tensor], log_factors: dict[str, Tensor]) -> Draws:
-    """`draws` with new feature and factor columns, decoded text kept."""
-    return draws.with_columns(features=features, log_factors=log_factors)
 
 
 def log_evidence(draws: Draws) -> Tensor:

@@ -12,6 +12,7 @@ from lmppl.comparison import Reference, compare
 from lmppl.comparison.closeness import closeness, expected_total_variation
 from lmppl.comparison.laws import law_of, weights_are_ratios
 from lmppl.inference import BestOfN, Exact, Importance, Rejection, best_of_n_law, infer
+from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Model, Reward
 from tests.models import ENUMERABLE, BruteForce, brute_force, count_of, enumerable_lm, has_no, wavy
 
@@ -47,6 +48,25 @@ def test_divergences_of_a_policy_are_those_of_the_written_out_laws(kind: str) ->
         # Mutants: the two directions, and a figure of the prior in place of the policy's.
         assert row["kl_reverse"].value != pytest.approx(row["kl_forward"].value, abs=1e-3)
         assert row["kl_reverse"].value != pytest.approx(kl(brute.log_prior, brute.log_posterior), abs=1e-3)
+
+
+def test_a_policy_may_leave_the_priors_support_unseen() -> None:
+    prior = TabularLM([0.5, 0.5, 0.0, 0.0], ["a", "b", "c", "<eos>"], max_new_tokens=20)
+    policy = TabularLM([0.4995, 0.5, 0.0005, 0.0], ["a", "b", "c", "<eos>"], max_new_tokens=20)
+    model = prior * Reward(count_of("a"), beta=10, name="a")
+    table = compare(model, {"policy": policy}, num_draws=50, seed=3)
+    assert (table["policy"]["zero"].relation, table["policy"]["kl_reverse"].relation) == ("≤", "≥")
+    assert table["policy"]["zero"].value > 1 - 0.9995**20
+    assert table["prior"]["zero"].value == 0.0
+    assert table["prior"]["zero"].relation == "="
+
+
+def test_little_mass_off_the_priors_support_is_no_rounding_in_float64() -> None:
+    prior = TabularLM([0.5, 0.5, 0.0], ["a", "b", "<eos>"], max_new_tokens=2)
+    policy = TabularLM([0.5, 0.49998, 0.00002], ["a", "b", "<eos>"], max_new_tokens=2)
+    row = compare(prior * Reward(count_of("a"), name="a"), {"policy": policy}, num_draws=20)["policy"]
+    assert row["zero"].value == pytest.approx(1 - 0.99998**2, rel=1e-6)
+    assert row["kl_reverse"].value == math.inf
 
 
 @pytest.mark.parametrize("kind", ENUMERABLE)
@@ -128,8 +148,6 @@ def test_without_a_reference_the_figures_say_that_they_are_biased() -> None:
 
 def test_a_proposal_that_misses_a_mode_shows_only_in_the_forward_divergence() -> None:
     """The teaching case: ESS and KL(q‖π*) look fine, exact draws see that 80 % of the posterior is missing."""
-    from lmppl.lm import TabularLM
-
     prior = TabularLM([0.5, 0.5, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
     narrow = TabularLM([1.0, 0.0, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
     model = prior * Reward(count_of("b"), beta=1 / math.log(4), upper=1, name="b")  # π*(b) = 0.8
@@ -143,8 +161,6 @@ def test_a_proposal_that_misses_a_mode_shows_only_in_the_forward_divergence() ->
 
 
 def test_policies_that_leave_the_prior_or_violate_constraints_are_infinitely_far() -> None:
-    from lmppl.lm import TabularLM
-
     prior = TabularLM([0.5, 0.0, 0.5], ["a", "b", "<eos>"], max_new_tokens=2)
     wide = TabularLM([0.25, 0.25, 0.5], ["a", "b", "<eos>"], max_new_tokens=2)
     model = prior * Reward(count_of("a"), beta=1, upper=2, name="a")
@@ -159,8 +175,6 @@ def test_policies_that_leave_the_prior_or_violate_constraints_are_infinitely_far
 
 def test_what_no_draw_shows_is_bounded_not_zero() -> None:
     """A constraint that q breaks with probability 0.01: 20 draws see nothing, so figures are bounds."""
-    from lmppl.lm import TabularLM
-
     prior = TabularLM([0.99, 0.01, 0.0], ["a", "b", "<eos>"], max_new_tokens=1)
     model = prior * Constraint(has_no("b"), name="no b") * Reward(count_of("c"), upper=1, name="c")
     unseen = infer(model, Importance(), 20)

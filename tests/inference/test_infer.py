@@ -102,7 +102,7 @@ def test_budgets_stop_after_the_shard_that_spends_them() -> None:
 
 
 def test_a_budget_without_a_limit_is_refused() -> None:
-    with pytest.raises(ModelError, match="would never end"):
+    with pytest.raises(ModelError, match="has no limit"):
         infer(model(), "importance", budget=Budget())
 
 
@@ -190,3 +190,19 @@ def test_closing_a_stream_stops_the_run() -> None:
     draws.close()  # type: ignore[attr-defined]
     assert len(first) <= 1024
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_draws": 2.5}, "num_draws: got 2.5"),
+        ({"engine": Importance(2.5)}, "num_draws: got 2.5"),
+        ({"engine": BestOfN(2.5)}, "got n = 2.5"),
+        ({"seed": "a"}, "seed: got 'a', expected an integer"),
+        ({"budget": 100}, "budget: got 100, expected lmppl.Budget"),
+        ({"budget": Budget(seconds=-1)}, "seconds=-1, expected a positive number"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        infer(model(), **{"engine": "importance", **arguments})

@@ -13,6 +13,7 @@ from lmppl.errors import FactorError, InfeasibleModel, ModelError, UnsupportedMo
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Budget, Guarantee, Request, infer
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
+from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
@@ -260,3 +261,16 @@ def test_the_engine_is_plain_configuration() -> None:
     assert str(Rejection()) == "rejection"
     assert str(Rejection(log_upper=2.0)) == "rejection(log_upper=2.0)"
     assert "neumann" in Rejection().cite().lower()
+
+
+def test_a_long_run_is_announced(caplog):
+    prior = TabularLM.random(4, 3, seed=0)
+    rare = prior * Reward(lambda texts: [0.0] * len(texts), upper=9, name="rare")
+    with caplog.at_level("WARNING"):
+        infer(rare, Rejection(max_tries=20_000, batch=4096), 30)
+    (record,) = [r for r in caplog.records if "proposals is accepted" in r.getMessage()]
+    assert "importance" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        infer(prior * Reward(lambda texts: [0.0] * len(texts), upper=1, name="common"), Rejection(), 30)
+    assert not caplog.records
