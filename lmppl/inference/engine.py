@@ -86,7 +86,7 @@ class Request:
         if self.budget is None:
             return
         if not isinstance(self.budget, Budget):
-            raise ModelError(f"budget: got {self.budget!r}, expected lmppl.Budget(lm_tokens=...) or Budget(seconds=...)")
+            raise ModelError(f"budget: got {self.budget!r}, expected lmppl.Budget(lm_tokens=...) or (seconds=...)")
         limits = (self.budget.lm_tokens, self.budget.seconds)
         if all(limit is None for limit in limits):
             raise ModelError("budget: Budget() has no limit; give lm_tokens= or seconds=")

@@ -64,7 +64,7 @@ class PrefixTreeLM(PosteriorLM):
         self._keys = torch.cat([edges, torch.tensor([-1])])
         self._log_probs = torch.cat(log_probs)
         self._degree = degree
-        self._start = (degree.cumsum(0) - degree)
+        self._start = degree.cumsum(0) - degree
         self._off = total
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:

@@ -121,8 +121,15 @@ class Rejection(Engine):
     def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
         last = _shard(parts[-1])
         tried, accepted = _tally(parts)
-        if len(parts) == 1 and last.wanted is not None:
-            _warn_if_rare(last.wanted, tried, accepted)
+        if last.wanted is not None and len(parts) > 1:
+            before = _proposals_needed(last.wanted, *_tally(parts[:-1]))
+            now = _proposals_needed(last.wanted, tried, accepted)
+            if before <= MANY_PROPOSALS < now:
+                log.warning(
+                    "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a tighter "
+                    "upper=, fewer draws, or the engine 'importance' takes less",
+                    *(f"{x:,.0f}" for x in (now / last.wanted, last.wanted, now)),
+                )
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)
 
     def _next(
@@ -242,17 +249,9 @@ def _shard(part: Part) -> RejectionShard:
     return part.shard
 
 
-def _warn_if_rare(wanted: int, tried: Tensor, accepted: Tensor) -> None:
-    """Say after the first shard that the run will be long, so that nobody waits unaware."""
-    rate = float(((accepted + 1) / (tried + 1)).min())
-    if wanted / rate > MANY_PROPOSALS:
-        log.warning(
-            "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a tighter upper=, "
-            "fewer draws, or the engine 'importance' takes less",
-            f"{1 / rate:,.0f}",
-            f"{wanted:,}",
-            f"{wanted / rate:,.0f}",
-        )
+def _proposals_needed(wanted: int, tried: Tensor, accepted: Tensor) -> float:
+    """Proposals that `wanted` draws of the slowest context will have taken, at the acceptance rate so far."""
+    return wanted / float(((accepted + 1) / (tried + 1)).min())
 
 
 def _tally(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
