@@ -126,8 +126,8 @@ class Rejection(Engine):
             now = _proposals_needed(last.wanted, tried, accepted)
             if before <= MANY_PROPOSALS < now:
                 log.warning(
-                    "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a tighter "
-                    "upper=, fewer draws, or the engine 'importance' takes less",
+                    "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a "
+                    "tighter upper=, fewer draws, or the engine 'importance' takes less",
                     *(f"{x:,.0f}" for x in (now / last.wanted, last.wanted, now)),
                 )
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)

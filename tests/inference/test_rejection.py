@@ -267,7 +267,7 @@ def test_a_long_run_is_announced(caplog):
     prior = TabularLM.random(4, 3, seed=0)
     rare = prior * Reward(lambda texts: [0.0] * len(texts), upper=9, name="rare")
     with caplog.at_level("WARNING"):
-        infer(rare, Rejection(max_tries=20_000, batch=4096), 30)
+        infer(rare, Rejection(max_tries=40_000, batch=4096), 300)
     (record,) = [r for r in caplog.records if "proposals is accepted" in r.getMessage()]
     assert "importance" in record.getMessage()
     caplog.clear()
