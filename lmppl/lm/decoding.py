@@ -252,35 +252,47 @@ def token_log_probs(
 
 
 def enumerate_outcomes(lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None) -> Draws:
-    """Every outcome of positive probability for one context, breadth first; see `LanguageModel.enumerate_sequences`."""
+    """Every outcome of positive probability for one context; see `LanguageModel.enumerate_sequences`.
+
+    Breadth first while the prefixes of one length fit into a micro-batch; beyond that, chunk by chunk, each of which
+    prefills its prefixes anew.
+    """
     decoder = CountingDecoder(lm, Cost() if cost is None else cost)
-    device, horizon = lm.device, lm.max_new_tokens
-    done: list[tuple[Tensor, Tensor, bool]] = []
-    num_done = 0
+    horizon, size = lm.max_new_tokens, plan_rows(lm, max_sequences)
+    found: list[tuple[Tensor, Tensor, bool]] = []
+    count = 0
+    empty = torch.full((1, horizon), lm.pad_id, dtype=torch.int64, device=lm.device)
+    waiting = [(empty, torch.zeros(1, dtype=lm.dtype, device=lm.device), 0)]
     with torch.no_grad():
-        step, state = decoder.prefill(torch.tensor([context], device=device))
-        prefixes = torch.full((1, horizon), lm.pad_id, dtype=torch.int64, device=device)
-        log_p = torch.zeros(1, dtype=lm.dtype, device=device)
-        for t in range(horizon):
-            scores = log_p[:, None] + step.log_probs[:, -1]
-            parent, token = torch.nonzero(scores > -torch.inf, as_tuple=True)
-            guard_support(num_done + len(parent), max_sequences)
-            prefixes = prefixes[parent]
-            prefixes[:, t] = token
-            log_p = scores[parent, token]
-            over = lm.ended(prefixes[:, : t + 1], t)
-            last = t + 1 == horizon
-            done.append((prefixes[over], log_p[over], True))
-            if last:
-                done.append((prefixes[~over], log_p[~over], False))
-            num_done += int(over.sum())
-            alive = torch.nonzero(~over).squeeze(1)
-            if last or len(alive) == 0:
-                break
-            prefixes, log_p = prefixes[alive], log_p[alive]
-            state = decoder.select(state, parent[alive])
-            step, state = decoder.extend(state, token[alive][:, None])
-    return _outcomes_as_draws(lm, context, done)
+        while waiting:
+            prefixes, log_p, start = waiting.pop()
+            rows = torch.full((len(prefixes),), context, device=lm.device)
+            lengths = torch.full_like(rows, start)
+            step, state = decoder.prefill(rows, prefixes[:, :start], lengths) if start else decoder.prefill(rows)
+            for t in range(start, horizon):
+                scores = log_p[:, None] + step.log_probs[:, -1]
+                parent, token = torch.nonzero(scores > -torch.inf, as_tuple=True)
+                guard_support(count + len(parent) + sum(len(w[0]) for w in waiting), max_sequences)
+                prefixes = prefixes[parent]
+                prefixes[:, t] = token
+                log_p = scores[parent, token]
+                over = lm.ended(prefixes[:, : t + 1], t)
+                found.append((prefixes[over], log_p[over], True))
+                if t + 1 == horizon:
+                    found.append((prefixes[~over], log_p[~over], False))
+                    count += len(prefixes)
+                    break
+                count += int(over.sum())
+                alive = torch.nonzero(~over).squeeze(1)
+                prefixes, log_p = prefixes[alive], log_p[alive]
+                if len(alive) > size:
+                    chunks = zip(prefixes.split(size), log_p.split(size), strict=True)
+                    waiting += [(chunk, chunk_log_p, t + 1) for chunk, chunk_log_p in chunks]
+                if len(alive) == 0 or len(alive) > size:
+                    break
+                state = decoder.select(state, parent[alive])
+                step, state = decoder.extend(state, token[alive][:, None])
+    return _outcomes_as_draws(lm, context, found)
 
 
 def _outcomes_as_draws(lm: LanguageModel, context: int, done: list[tuple[Tensor, Tensor, bool]]) -> Draws:

@@ -44,7 +44,7 @@ class Feature:
     stochastic : bool
         Values differ from call to call: never cached.
     fingerprint : str, optional
-        Names the function's content; with it, values may be reused from disk.
+        Names the function's content, for the spec hash: another fingerprint is another declaration.
     """
 
     name: str

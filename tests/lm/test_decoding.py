@@ -7,10 +7,11 @@ import torch
 from scipy import stats
 
 from lmppl.errors import ModelError, SupportTooLarge
-from lmppl.lm import LM, TabularLM
+from lmppl.lm import LM, TabularLM, decoding
 from lmppl.lm.decoding import _compacting_index, draw, draw_rows, plan_rows, sample_tokens, token_log_probs
 from lmppl.sequences import Cost
 from tests.lm.random_models import network, random_lm, tokenizer
+from tests.models import ENUMERABLE, enumerable_lm
 
 ERROR_RATE = 1e-4  # of each statistical test here, with its fixed seed
 
@@ -248,3 +249,15 @@ def test_enumeration_is_guarded():
 def test_scoring_nothing_gives_nothing():
     lm = random_lm("llama")
     assert lm.score(lm.draw(3).select([])).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_enumeration_in_chunks_finds_what_one_batch_finds(kind, monkeypatch):
+    lm = enumerable_lm(kind)
+    whole = lm.enumerate_sequences(1)
+    monkeypatch.setattr(decoding, "plan_rows", lambda lm, rows, **options: 3)
+    chunked = lm.enumerate_sequences(1)
+    order = {key: row for row, key in enumerate(chunked.keys())}
+    assert len(order) == len(whole)
+    rows = list(map(order.__getitem__, whole.keys()))
+    torch.testing.assert_close(chunked.log_prior[rows], whole.log_prior, rtol=0, atol=1e-10)

@@ -43,7 +43,7 @@ class Reward(Factor):
     stochastic : bool
         Values differ from call to call: never cached.
     fingerprint : str, optional
-        Names the function's content; with it, values may be reused from disk.
+        Names the function's content, for the spec hash: another fingerprint is another declaration.
     label : str, optional
         For a text-classification pipeline: the label whose score is the reward.
 
