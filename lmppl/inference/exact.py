@@ -23,6 +23,7 @@ from lmppl.inference.prefix_tree import PrefixTreeLM
 from lmppl.lm.base import ENUMERATION_GUARD
 from lmppl.lm.decoding import draw
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.target import Target, TargetForm, log_evidence
 from lmppl.sequences import Draws, Estimate, concatenate
 
@@ -58,6 +59,9 @@ class Exact(Engine):
         Where Z(c) = 0; names the context, and a factor that alone excludes everything.
     SupportTooLarge
         Where the outcomes, or the states of the product machine, are too many.
+    FactorError
+        Where a factor's function contradicts its automaton on a draw of the law or of the prior (a check by draws, no
+        proof: `lmppl.testing.check_factor` tries more).
 
     References
     ----------
@@ -177,15 +181,34 @@ def _no_posterior(target: Target, context: int, excluding: Sequence[str]) -> Inf
 
 
 def _drawn(target: Target, law: AutomatonLM, shard: Shard) -> Draws:
-    """Exact draws from the law, scored under the prior and, as a check of the automata, by the factors themselves."""
-    drawn = draw(law, shard.num_draws, generator=shard_generator(shard), cost=target.cost, batch_size=shard.batch_size)
+    """Exact draws from the law, scored under the prior and by the factors.
+
+    Where a factor has a function of its own beside the automaton, the two are compared on these draws, and on as many
+    of the prior, which see texts that the automaton wrongly rejects.
+    """
+    generator = shard_generator(shard)
+    drawn = draw(law, shard.num_draws, generator=generator, cost=target.cost, batch_size=shard.batch_size)
     draws = target.evaluate(drawn.with_columns(log_prior=target.log_prior(drawn)))
-    for name, values in draws.log_factors.items():
-        wrong = torch.nonzero(values != 0.0)
+    _compare_automata(target, draws)
+    if not all(isinstance(f, Constraint) and f.is_automaton for f in target.factors):
+        before = draw(target.prior, shard.num_draws, generator=generator, cost=target.cost, batch_size=shard.batch_size)
+        _compare_automata(target, target.evaluate(before))
+    return draws
+
+
+def _compare_automata(target: Target, draws: Draws) -> None:
+    """Refuse a factor whose log φ is not that of its automaton: 0 where it accepts, −inf elsewhere."""
+    for factor in target.factors:
+        automaton = factor.automaton
+        assert automaton is not None
+        over_text = automaton.over == "characters"
+        accepted = automaton.accepts_texts(draws.text) if over_text else automaton.accepts_sequences(draws)
+        values = draws.log_factors[factor.name]
+        wrong = torch.nonzero(values != torch.where(accepted, 0.0, -torch.inf))
         if len(wrong):
             row = int(wrong[0, 0])
+            verdict = "accepts" if bool(accepted[row]) else "rejects"
             raise FactorError(
-                f"factor {name!r}: log φ = {float(values[row]):g} for the text {draws.text[row]!r}, which its "
-                "automaton accepts; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
+                f"factor {factor.name!r}: log φ = {float(values[row]):g} for the text {draws.text[row]!r}, which its "
+                f"automaton {verdict}; an automaton must accept exactly the completions with φ = 1, and φ = 0 elsewhere"
             )
-    return draws

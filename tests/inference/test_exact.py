@@ -139,6 +139,14 @@ def test_drawn_sequences_carry_weights_densities_and_checked_factors():
     assert share.kind == "unbiased"  # of draws, not of the whole table
 
 
+def test_an_automaton_that_rejects_what_its_predicate_allows_is_found_out():
+    """Draws of the law never visit what is wrongly rejected; draws of the prior do."""
+    prior = TabularLM([0.5, 0.3, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
+    begins = Constraint(lambda texts: [t.startswith("a") for t in texts], automaton=Automaton.exactly(["aa"]))
+    with pytest.raises(FactorError, match=r"log φ = 0 .* which its automaton rejects"):
+        exact(prior * begins, num_draws=64)
+
+
 def test_an_automaton_that_contradicts_its_predicate_is_found_out():
     prior = TabularLM.random(3, 4, seed=1)
     wrong = Constraint(has_no("a"), automaton=Automaton.avoiding("b"), name="no_a")
