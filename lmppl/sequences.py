@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Draws", "Estimate", "Sequences", "concatenate"]
 
-EstimateKind = Literal["exact", "unbiased", "unbiased_Z", "lower_bound", "upper_bound"]
+EstimateKind = Literal["exact", "unbiased", "consistent", "unbiased_Z", "lower_bound", "upper_bound"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +314,7 @@ class Estimate:
     level : float
         Nominal coverage of the interval.
     kind : str
-        "exact"; "unbiased" (an expectation); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
+        "exact"; "unbiased" or "consistent" (an expectation, of equal or of self-normalised weights); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
     standard_error : Tensor (C,), optional
         Of `value` (for a normaliser: of log Ẑ, by the delta method).
     replicates : int

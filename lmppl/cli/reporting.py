@@ -94,7 +94,10 @@ def print_run(result: Approximation, out: Path | None) -> None:
     facts.add_row("engine", Text(f"{result.engine} · {_promise(result.guarantee)}"))
     for c in range(draws.num_contexts):
         name = "log Z" if draws.num_contexts == 1 else f"log Z({draws.prompts[c]!r})"
-        facts.add_row(name, _log_z(result, c))
+        facts.add_row(name, Text(_log_z(result, c)))
+    note = result.log_normalizer[0].note if result.log_normalizer else ""
+    if note:
+        facts.add_row("", Text(note, style="dim"))
     worth = result.info.get("ess")
     weighted = "" if worth is None else f", worth {float(worth.sum()):,.0f} unweighted ones (ESS)"
     facts.add_row("draws", f"{len(draws):,}{weighted}" + (f" → {out}" if out is not None else ""))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.errors import BudgetExhausted, ModelError, UnsupportedModel
 from lmppl.inference.engine import Engine, Guarantee, infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.factors import Feature
@@ -70,7 +70,8 @@ class Approximation:
         """E_π*[f], one value per context, with its error.
 
         Self-normalised: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²), interval f̂ ± 1.96 standard errors
-        (`hesterberg1995`, `owen2000`). It inherits the weights' blind spots: unseen mass does not show.
+        (`hesterberg1995`, `owen2000`). It inherits the weights' blind spots: unseen mass does not show, and where all
+        draws agree the interval is nan. A heuristic engine's figure is about its own law, as the note says.
 
         Parameters
         ----------
@@ -83,16 +84,26 @@ class Approximation:
         for c in range(self.draws.num_contexts):
             rows = self.draws.context == c
             w, f = weights[rows], values[rows]
-            mean = torch.where(w > 0, w * f, 0.0).sum()
-            spread = torch.where(w > 0, w * (f - mean), 0.0)
-            means.append(mean)
-            errors.append(self._standard_error(w, spread))
+            means.append(torch.where(w > 0, w * f, 0.0).sum())
+            errors.append(torch.where(w > 0, w * (f - means[-1]), 0.0).square().sum().sqrt())
         value, error = torch.stack(means), torch.stack(errors)
         if isinstance(self, ExactTable) and self.enumerated:
             return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
-        half = Z_SCORE * error
-        interval = torch.stack([value - half, value + half], -1)
-        return Estimate(value, interval, LEVEL, "unbiased", error, len(self.draws) // max(1, self.draws.num_contexts))
+        half = torch.where(error > 0, Z_SCORE * error, torch.nan)
+        notes = []
+        if self.guarantee is Guarantee.HEURISTIC:
+            notes.append("an expectation under the engine's own law, not under π*")
+        if bool((error == 0).any()):
+            notes.append("all draws of some context agree, so that they state no error: no interval there")
+        return Estimate(
+            value,
+            torch.stack([value - half, value + half], -1),
+            LEVEL,
+            "unbiased" if self.draws.log_weight is None else "consistent",
+            error,
+            len(self.draws) // max(1, self.draws.num_contexts),
+            "; ".join(notes),
+        )
 
     def as_language_model(self) -> LanguageModel:
         """The approximation as an LM: a policy or an exact table; other kinds cannot be scored."""
@@ -100,12 +111,6 @@ class Approximation:
             f"{type(self).__name__} has draws but no log-probability, so it is no language model; use Exact where it "
             "can run, or train a policy"
         )
-
-    def _standard_error(self, weights: Tensor, spread: Tensor) -> Tensor:
-        n = int((weights > 0).sum())
-        if n < 2:
-            return torch.full((), math.inf, dtype=torch.float64)
-        return spread.square().sum().sqrt()
 
     def _column(self, fn: str | Callable[..., Any] | Feature) -> Tensor:
         if isinstance(fn, str):
@@ -143,7 +148,11 @@ class Sampler(Approximation):
         if self.engine is None or self.model is None:
             raise ModelError("draw: this approximation was not made by lmppl.infer, so its engine is not known")
         seed = int(torch.randint(1 << 62, (), generator=generator))
-        return infer(self.model, self.engine, num_draws, seed=seed, progress=False).draws
+        draws = infer(self.model, self.engine, num_draws, seed=seed, progress=False).draws
+        fewest = int(torch.bincount(draws.context, minlength=draws.num_contexts).min())
+        if fewest < num_draws:
+            raise BudgetExhausted(f"draw: {self.engine} reached {fewest} of {num_draws} draws; raise its max_tries")
+        return draws
 
 
 @dataclass(frozen=True, eq=False, repr=False)

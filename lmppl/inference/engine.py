@@ -324,17 +324,25 @@ def stream(
     ------
     UnsupportedModel
         With the engine's one-sentence reason.
+    InfeasibleModel
+        At the end, where a context had no draw at all.
     """
     run = _Run.of(model, engine, Request(num_draws, budget, seed))
     seen = [0] * run.target.form.num_contexts
+    wanted = run.engine.wanted(run.request) if run.engine.surplus else None
+    meta = run.meta
     for part in run.parts():
         keep = []
         for row, c in enumerate(part.draws.context.tolist()):
             seen[c] += 1
-            if num_draws is None or not run.engine.surplus or seen[c] <= num_draws:
+            if wanted is None or seen[c] <= wanted:
                 keep.append(row)
+        # What follows asks how many there were, never which: a long run must not fill the memory.
+        run.done[-1] = replace(part, draws=part.draws.select([]))
         if keep:
-            yield part.draws if len(keep) == len(part.draws) else part.draws.select(keep)
+            yield part.draws.select(keep).with_columns(meta=meta)
+    if min(seen) == 0:
+        run.engine.merge(run.done)  # raises, with what follows about Z
 
 
 class _Run:
@@ -357,6 +365,20 @@ class _Run:
         if reason is not None:
             raise UnsupportedModel(reason)
         return cls(chosen, target, request)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the draws of this run carry: where they come from."""
+        from lmppl.storage import versions
+
+        return {
+            "engine": str(self.engine),
+            "guarantee": self.engine.guarantee.value,
+            "seed": self.request.seed,
+            "spec_hash": self.target.model.spec_hash,
+            "formula": self.target.model.formula,
+            "versions": versions(),
+        }
 
     def parts(self) -> Iterator[Part]:
         """Run shards until the request is met, or the budget is spent first."""
@@ -382,25 +404,15 @@ class _Run:
 
 
 def _finish(run: _Run) -> Approximation:
-    from lmppl.storage import versions
-
-    target, approximation = run.target, run.engine.merge(run.done)
-    meta = {
-        "engine": str(run.engine),
-        "guarantee": approximation.guarantee.value,
-        "seed": run.request.seed,
-        "spec_hash": target.model.spec_hash,
-        "formula": target.model.formula,
-        "versions": versions(),
-    }
+    approximation = run.engine.merge(run.done)
     draws = approximation.draws
     return replace(
         approximation,
-        draws=draws.with_columns(meta={**draws.meta, **meta}),
-        cost=target.cost.copy(),
+        draws=draws.with_columns(meta={**draws.meta, **run.meta}),
+        cost=run.target.cost.copy(),
         status="complete" if run.complete else "interrupted",
         engine=run.engine,
-        model=target.model,
+        model=run.target.model,
         seed=run.request.seed,
     )
 

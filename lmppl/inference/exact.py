@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,7 +68,7 @@ class Exact(Engine):
     `korbak2022bayesian` for the posterior, `rabiner1989` and `mohri1997` for the dynamic programming.
     """
 
-    max_sequences: int = ENUMERATION_GUARD
+    max_sequences: int = field(default=ENUMERATION_GUARD, kw_only=True)
 
     name: ClassVar[str] = "exact"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,8 @@ class Rejection(Engine):
 
     Parameters
     ----------
+    num_draws : int
+        Accepted draws per context, where `infer` is not told.
     log_upper : float, optional
         log M, a bound on Σ_k log φ_k in nats; by default Σ_k of the bounds that the factors declare. A draw above it
         is an error, never clipped, but a bound that is too low and never exceeded by a draw goes unseen.
@@ -91,9 +93,10 @@ class Rejection(Engine):
     vonneumann1951, clopper1934, girshick1946
     """
 
-    log_upper: float | None = None
-    max_tries: int = 1_000_000
-    batch: int = 1024
+    num_draws: int = 1000
+    log_upper: float | None = field(default=None, kw_only=True)
+    max_tries: int = field(default=1_000_000, kw_only=True)
+    batch: int = field(default=1024, kw_only=True)
 
     name: ClassVar[str] = "rejection"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT

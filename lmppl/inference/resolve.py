@@ -176,9 +176,10 @@ def _construct(kind: type[Engine], positional: Sequence[Any], keywords: dict[str
     settable = [f for f in fields(kind) if f.init]
     names = [f.name for f in settable]
     known = f"it has {', '.join(names)}" if names else "it has none"
-    if len(positional) > len(names):
-        raise ModelError(f"engine {kind.name}: got {len(positional)} arguments; {known}")
-    arguments = dict(zip(names, positional, strict=False))
+    in_order = [f.name for f in settable if not f.kw_only]
+    if len(positional) > len(in_order):
+        raise ModelError(f"engine {kind.name}: got {len(positional)} arguments without a name; {known}")
+    arguments = dict(zip(in_order, positional, strict=False))
     for name, value in keywords.items():
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lmppl.errors import InterruptedRun, ModelError, UnsupportedModel
+from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
 from lmppl.inference import (
     BestOfN,
     Budget,
@@ -206,3 +206,12 @@ def test_closing_a_stream_stops_the_run() -> None:
 def test_wrong_arguments_are_refused_before_anything_runs(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         infer(model(), **{"engine": "importance", **arguments})
+
+
+def test_streamed_draws_say_where_they_come_from_and_nothing_accepted_is_an_error() -> None:
+    first = next(stream(model(), "rejection(50)", seed=5))
+    assert first.meta["engine"] == "rejection(num_draws=50)"
+    assert first.meta["seed"] == 5
+    never = PRIOR * Constraint(lambda texts: [False] * len(texts), name="never")
+    with pytest.raises(InfeasibleModel, match="never"):
+        list(stream(never, Rejection(max_tries=200), 10))

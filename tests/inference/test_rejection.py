@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmppl.errors import FactorError, InfeasibleModel, ModelError, UnsupportedModel
+from lmppl.errors import BudgetExhausted, FactorError, InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Budget, Guarantee, Request, infer
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
@@ -274,3 +274,18 @@ def test_a_long_run_is_announced(caplog):
     with caplog.at_level("WARNING"):
         infer(prior * Reward(lambda texts: [0.0] * len(texts), upper=1, name="common"), Rejection(), 30)
     assert not caplog.records
+
+
+def test_fresh_draws_are_all_there_or_an_error():
+    rare = TabularLM.random(4, 3, seed=0) * Reward(lambda texts: [0.0] * len(texts), upper=4, name="rare")
+    posterior = infer(rare, Rejection(max_tries=2000), 5)
+    with pytest.raises(BudgetExhausted, match="of 500 draws; raise its max_tries"):
+        posterior.draw(500)
+
+
+def test_an_event_that_no_draw_shows_has_no_interval():
+    posterior = infer(TabularLM.random(4, 3, seed=0), Rejection(), 20)
+    unseen = posterior.expectation(lambda texts: [0.0] * len(texts))
+    assert unseen.value.item() == 0.0
+    assert bool(unseen.interval.isnan().all())
+    assert "no interval" in unseen.note

@@ -95,7 +95,7 @@ def test_text_becomes_an_engine(text: str, engine: Engine, monkeypatch: pytest.M
         ("importance(3, num_draws=3)", "given twice"),
         ("importance(num_draws=3, num_draws=4)", "name each once"),
         ("importance(**{'num_draws': 3})", "name each once"),
-        ("importance(1, 2, 3, 4, 5)", "got 5 arguments; it has num_draws"),
+        ("importance(1, 2, 3, 4, 5)", "got 5 arguments without a name; it has num_draws"),
         ("importance(open('x'))", "is no literal"),
         ("importance(num_draws=lm)", "'lm' in .* is no literal"),
         ("importance(__import__('os').getpid())", "is no literal"),
