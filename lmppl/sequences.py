@@ -191,13 +191,16 @@ class Draws(Sequences):
         if len(broken):
             row = int(broken[0, 0])
             raise ModelError(f"weights: log_weight[{row}] is {float(log_w[row])}, expected a finite number or −inf")
-        weights = torch.zeros_like(log_w)
-        for c in range(self.num_contexts):
-            rows = self.context == c
-            total = torch.logsumexp(log_w[rows], 0)
-            if torch.isfinite(total):
-                weights[rows] = torch.exp(log_w[rows] - total)
-        return weights
+        rows_of = self._rows_of_contexts()
+        # Not by index_add, which adds one by one: logsumexp sums in blocks, with smaller rounding errors.
+        total = torch.stack([torch.logsumexp(log_w[rows], 0) for rows in rows_of])
+        total = total.masked_fill(total == -torch.inf, 0.0)  # no mass: exp(−inf − 0) is its weights
+        return torch.exp(log_w - total[self.context])
+
+    def _rows_of_contexts(self) -> tuple[Tensor, ...]:
+        """The rows of each of the C contexts, in their order."""
+        counts = torch.bincount(self.context, minlength=self.num_contexts)
+        return torch.argsort(self.context, stable=True).split(counts.tolist())
 
     def resample(self, num_draws: int | None = None, *, generator: torch.Generator | None = None) -> Draws:
         """Equally weighted draws: `num_draws` rows per context, drawn from the weights by systematic resampling.
@@ -218,8 +221,7 @@ class Draws(Sequences):
             raise ModelError(f"resample: got num_draws={num_draws}, expected at least 1")
         weights, chosen = self.weights, []
         source = torch.device("cpu") if generator is None else generator.device
-        for c in range(self.num_contexts):
-            rows = torch.nonzero(self.context == c).squeeze(1)
+        for c, rows in enumerate(self._rows_of_contexts()):
             if len(rows) == 0 or float(weights[rows].sum()) == 0.0:
                 raise ModelError(f"resample: context {c} has no draw of positive weight")
             n = len(rows) if num_draws is None else num_draws
@@ -310,11 +312,13 @@ class Estimate:
     value : Tensor (C,) or (C, ...)
         The estimate, one per context. For a normaliser it is log Ẑ, in nats.
     interval : Tensor (C, 2), optional
-        Confidence interval at `level`; None where no honest one exists. Equal ends where the value is exact.
+        Confidence interval at `level`; None where no honest one exists, nan ends for single contexts without
+        one. Equal ends where the value is exact.
     level : float
         Nominal coverage of the interval.
     kind : str
-        "exact"; "unbiased" or "consistent" (an expectation, of equal or of self-normalised weights); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
+        "exact"; "unbiased" or "consistent" (an expectation, of equal or of self-normalised weights); "unbiased_Z"
+        (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
     standard_error : Tensor (C,), optional
         Of `value` (for a normaliser: of log Ẑ, by the delta method).
     replicates : int

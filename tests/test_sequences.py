@@ -166,6 +166,19 @@ def test_no_weights_means_equal_weights():
     torch.testing.assert_close(table.weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1]).double())
 
 
+def test_weights_of_many_contexts_are_those_of_each_alone():
+    rng = torch.Generator().manual_seed(0)
+    log_w = 3 * torch.randn(5000, generator=rng).double()
+    log_w[::7] = -INF
+    context = torch.randint(40, (5000,), generator=rng)
+    log_w[context == 11] = -INF
+    expected = torch.zeros_like(log_w)
+    for c in set(range(40)) - {11}:
+        expected[context == c] = torch.softmax(log_w[context == c], 0)
+    table = dataclasses.replace(draws(log_w.tolist()), context=context, prompts=("",) * 40)
+    torch.testing.assert_close(table.weights, expected, atol=1e-15, rtol=1e-13)
+
+
 @pytest.mark.parametrize("broken", [math.nan, INF])
 def test_a_broken_weight_is_an_error(broken):
     with pytest.raises(ModelError, match=r"log_weight\[1\] is (nan|inf)"):
@@ -213,6 +226,11 @@ def test_resampling_keeps_contexts_texts_and_columns():
     assert chosen.log_weight is None
     assert chosen.columns["chain"].tolist() == chosen.ids[:, 0].tolist()
     assert len(table.resample()) == 4
+
+
+def test_resampling_finds_the_rows_of_a_context_wherever_they_stand():
+    table = draws([0.0, 0.0, -INF, 0.0, 0.0], context=[2, 0, 1, 1, 0])
+    assert table.resample().ids[:, 0].tolist() == [1, 4, 3, 3, 0]
 
 
 def test_resampling_refuses_what_it_cannot_do():

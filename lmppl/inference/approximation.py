@@ -6,7 +6,6 @@ Four kinds: `Particles` (a weighted set), `Chains` (dependent draws), `Sampler` 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal

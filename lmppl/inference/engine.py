@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import torch
 
-from lmppl.errors import InterruptedRun, ModelError, UnsupportedModel
+from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
 from lmppl.sequences import Cost, Draws
@@ -32,6 +32,7 @@ __all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer",
 
 log = logging.getLogger(__name__)
 
+PLAIN_TYPES = {int, float, bool, str, type(None)}
 SHARD_DRAWS = 1024  # draws of one shard, all contexts together, unless the engine says otherwise
 
 
@@ -81,8 +82,8 @@ class Request:
         """Raise `ModelError` on a wrong argument, before anything runs."""
         if self.num_draws is not None and not (_is_integer(self.num_draws) and self.num_draws >= 1):
             raise ModelError(f"num_draws: got {self.num_draws!r}, expected at least 1, an integer")
-        if not _is_integer(self.seed):
-            raise ModelError(f"seed: got {self.seed!r}, expected an integer")
+        if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ModelError(f"seed: got {self.seed!r}, expected an integer of 64 bits")
         if self.budget is None:
             return
         if not isinstance(self.budget, Budget):
@@ -213,6 +214,19 @@ class Engine(ABC):
         """Figures that a person wants to see while the engine runs."""
         return {"draws": f"{sum(len(p.draws) for p in parts):,}"}
 
+    def check_fields(self) -> None:
+        """Raise `ModelError` where a field of a plain type (int, float, bool, str, or None beside one) has another."""
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            allowed = get_args(hints[item.name]) or (hints[item.name],)
+            if not set(allowed) <= PLAIN_TYPES:
+                continue
+            value = getattr(self, item.name)
+            fits = type(value) in allowed or (float in allowed and type(value) is int)
+            if not fits:
+                expected = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+                raise ModelError(f"{self.name}: got {item.name}={value!r}, expected {expected}")
+
     def __str__(self) -> str:
         changed = [
             f"{f.name}={getattr(self, f.name)!r}"
@@ -277,6 +291,7 @@ def infer(
     from lmppl.inference.progress import progress_bar
 
     run = _Run.of(model, engine, Request(num_draws, budget, seed))
+    interrupted = False
     with progress_bar(run.engine, run.request, progress) as bar:
         try:
             for part in run.parts():
@@ -284,7 +299,7 @@ def infer(
                 if on_part is not None:
                     on_part(part)
         except KeyboardInterrupt:
-            run.complete = False
+            interrupted, run.complete = True, False
             if not run.done:
                 message = f"{run.engine.name}: stopped before its first shard was whole; nothing is kept"
                 raise InterruptedRun(message) from None
@@ -294,7 +309,13 @@ def infer(
                 len(run.done),
                 sum(len(p.draws) for p in run.done),
             )
-    return _finish(run)
+    try:
+        return _finish(run)
+    except InfeasibleModel as error:
+        if interrupted:
+            message = f"{run.engine.name}: stopped before any draw was accepted; nothing is kept"
+            raise InterruptedRun(message) from error
+        raise
 
 
 def stream(
@@ -361,6 +382,7 @@ class _Run:
         request.check()
         target = Target(model if isinstance(model, Model) else Model(model))
         chosen = resolve_engine(engine, target.form)
+        chosen.check_fields()
         reason = chosen.unsupported_reason(target.form)
         if reason is not None:
             raise UnsupportedModel(reason)
@@ -389,6 +411,8 @@ class _Run:
             for position, shard in enumerate(shards):
                 before, start = target.cost.copy(), time.perf_counter()
                 part = engine.run_shard(target, shard)
+                if not isinstance(part, Part):
+                    raise ModelError(f"{engine.name}: run_shard returned {type(part).__name__}, expected a Part")
                 target.cost.seconds += time.perf_counter() - start
                 part = replace(part, cost=target.cost - before)
                 self.done.append(part)

@@ -66,6 +66,11 @@ class PosteriorLM(LanguageModel):
         """As the prior says."""
         return self.prior.ended(ids, step)
 
+    @property
+    def ends_by_eos_alone(self) -> bool:
+        """As the prior says."""
+        return self.prior.ends_by_eos_alone and type(self).ended is PosteriorLM.ended
+
     def with_contexts(self, contexts: Sequence[Any]) -> NoReturn:
         """A posterior belongs to its contexts: its normalisers Z(c) were computed for them.
 

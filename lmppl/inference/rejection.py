@@ -25,7 +25,7 @@ __all__ = ["Rejection", "RejectionShard", "accepts", "log_acceptance_probability
 log = logging.getLogger(__name__)
 
 SAFETY = 1.2  # proposals of the next shard, over what the acceptance rate so far asks for
-MANY_PROPOSALS = 200_000  # per context, beyond which a run announces its length
+MANY_PROPOSALS = 100_000  # per context, beyond which a run announces its length
 
 
 @dataclass(frozen=True)

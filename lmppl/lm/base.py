@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -161,6 +161,7 @@ class LanguageModel(TorchDistribution):
         self.max_new_tokens = max_new_tokens
         self.eos_ids = tuple(sorted(set(eos_ids)))
         self.pad_id = pad_id
+        self._eos_on: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         super().__init__(torch.Size((len(prompts),)), torch.Size((max_new_tokens,)), validate_args=False)
 
     # What a subclass gives.
@@ -206,9 +207,15 @@ class LanguageModel(TorchDistribution):
 
         By EOS here, by stop strings in LMs that have them; the cap is not asked.
         """
-        if not self.eos_ids:
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        return torch.isin(ids[:, step], torch.tensor(self.eos_ids, device=ids.device))
+        return self._is_eos(ids[:, step])
+
+    @property
+    def ends_by_eos_alone(self) -> bool:
+        """Whether `ended` asks only if the token at `step` is an EOS: then rows are parsed at once, not step by step.
+
+        False for a subclass with its own `ended`, unless it says otherwise.
+        """
+        return type(self).ended is LanguageModel.ended
 
     # What every LM has.
 
@@ -276,6 +283,24 @@ class LanguageModel(TorchDistribution):
     def parse(self, ids: Tensor, context: Tensor) -> Sequences:
         """Rows of ids (N, T) as sequences: each ends at its first terminal token, or at the cap."""
         width = ids.shape[1]
+        if self.ends_by_eos_alone:
+            before = self._is_eos(ids).cumsum(1) == 0
+            finished = ~before.all(1)
+            lengths = before.sum(1) + finished
+        else:
+            lengths, finished = self._parse_by_steps(ids)
+        after = torch.arange(width, device=ids.device) >= lengths[:, None]
+        clean = ids.masked_fill(after, self.pad_id)
+        return Sequences(clean, lengths, finished, context, self.prompts, self.decode)
+
+    def _is_eos(self, tokens: Tensor) -> Tensor:
+        key = (tuple(self.eos_ids), tokens.device)
+        if key not in self._eos_on:
+            self._eos_on[key] = torch.tensor(self.eos_ids, dtype=torch.int64, device=tokens.device)
+        return torch.isin(tokens, self._eos_on[key])
+
+    def _parse_by_steps(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        width = ids.shape[1]
         lengths = torch.full((len(ids),), width, dtype=torch.int64, device=ids.device)
         finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(width):
@@ -285,9 +310,7 @@ class LanguageModel(TorchDistribution):
             over = alive[self.ended(ids[alive], step)]
             finished[over] = True
             lengths[over] = step + 1
-        after = torch.arange(width, device=ids.device) >= lengths[:, None]
-        clean = ids.masked_fill(after, self.pad_id)
-        return Sequences(clean, lengths, finished, context, self.prompts, self.decode)
+        return lengths, finished
 
     def sequences(self, rows: Sequence[Sequence[int]], context: Sequence[int] | None = None) -> Sequences:
         """Token lists as `Sequences` of this LM, `context` (default 0) for each."""
@@ -375,6 +398,17 @@ class LanguageModel(TorchDistribution):
         rows = torch.cat([self.enumerate_sequences(c).ids for c in range(self.num_contexts)])
         values: Tensor = torch.unique(rows, dim=0).unsqueeze(1)
         return values.expand(-1, self.num_contexts, -1) if expand else values
+
+    if not TYPE_CHECKING:  # a factor's __rmul__ makes the model, and has its type
+
+        def __mul__(self, other: object) -> Any:
+            if hasattr(other, "log_factor") and not isinstance(other, type):
+                return NotImplemented  # a factor, which makes the model
+            what = other.__name__ if isinstance(other, type) else type(other).__name__
+            hint = "wrap a function of texts: prior * lmppl.Reward(fn, beta=...) or lmppl.Constraint(fn)"
+            if isinstance(other, type):
+                hint = f"pass an instance: prior * {what}(fn)"
+            raise ModelError(f"got {type(self).__name__} * {what}, expected a factor; {hint}")
 
     def __or__(self, contexts: Any) -> LanguageModel:
         """The same LM for other contexts: one, or a list of them."""

@@ -56,7 +56,7 @@ def encode_context(context: Context, tokenizer: Any, *, chat_template: str | Non
     """
     if isinstance(context, list):
         text = _render(context, tokenizer, chat_template)
-        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     else:
         text = context or ""
         ids = _without_closing(tokenizer, text)
@@ -77,8 +77,8 @@ def _without_closing(tokenizer: Any, text: str) -> list[int]:
 
     An EOS there would say that the text is over.
     """
-    bare = list(tokenizer(text, add_special_tokens=False).input_ids)
-    ids = list(tokenizer(text).input_ids)
+    bare = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    ids = list(tokenizer(text, verbose=False).input_ids)
     eos = tokenizer.eos_token_id
     if eos is None or tokenizer.bos_token_id == eos:
         return ids

@@ -34,7 +34,7 @@ SCORED_POSITIONS = 2048  # tokens in one teacher-forced micro-batch; twice as ma
 
 
 class CountingDecoder:
-    """A decoder that adds what it does to a `Cost`: one forward a call, its rows × positions as tokens."""
+    """A decoder that adds what it does to a `Cost`: one forward a call, its positions without padding as tokens."""
 
     def __init__(self, lm: LanguageModel, cost: Cost) -> None:
         self.decoder: Decoder = lm.decoder()
@@ -52,10 +52,12 @@ class CountingDecoder:
             self.cost.lm_tokens += int(lengths.sum())
         return self.decoder.prefill(context, prefix, lengths)
 
-    def extend(self, state: State, tokens: Tensor, *, grad: bool = False) -> tuple[Step, State]:
-        """As `Decoder.extend`."""
+    def extend(
+        self, state: State, tokens: Tensor, *, grad: bool = False, count: int | None = None
+    ) -> tuple[Step, State]:
+        """As `Decoder.extend`; `count` of the tokens are no padding, by default all."""
         self.cost.lm_forwards += 1
-        self.cost.lm_tokens += tokens.numel()
+        self.cost.lm_tokens += tokens.numel() if count is None else count
         return self.decoder.extend(state, tokens, grad=grad)
 
     def crop(self, state: State, lengths: Tensor) -> State:
@@ -245,7 +247,8 @@ def token_log_probs(
             result[rows, 0] = torch.log_softmax(step.logits[:, -1], -1)[row_of, tokens[:, 0]]
             if width > 1:
                 state = decoder.select(state, row_of)
-                step, _ = decoder.extend(state, tokens[:, :-1], grad=grad)
+                read = int((lengths[rows] - 1).clamp_min(0).sum())
+                step, _ = decoder.extend(state, tokens[:, :-1], grad=grad, count=read)
                 result[rows, 1:width] = step.log_prob_of(tokens[:, 1:])
     after = torch.arange(result.shape[1], device=lm.device) >= lengths[:, None]
     return result.masked_fill_(after, 0.0).to(sequences.ids.device)

@@ -107,6 +107,8 @@ class CompletionText:
 
 def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple; raise `ModelError` where one is empty or no string."""
+    if not isinstance(stop, str | Sequence | None):
+        raise ModelError(f"stop: got {stop!r}, expected a string or a list of strings")
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for s in strings:
         if not isinstance(s, str) or not s:

@@ -170,6 +170,10 @@ class TransformersLM(LanguageModel):
             raise ModelError(f"LM: got {got}, expected a name, a folder, a GGUF file or a loaded model")
         if tokenizer is None:
             raise ModelError(f"LM: got a loaded {type(model).__name__} without its tokenizer; pass tokenizer=")
+        if isinstance(tokenizer, str):
+            raise ModelError(
+                f"LM: got tokenizer={tokenizer!r}, expected a loaded one: AutoTokenizer.from_pretrained(...)"
+            )
         self.network = Network(model)
         self.tokenizer = tokenizer
         self._set_contexts(list_contexts(context), max_new_tokens)
@@ -194,7 +198,6 @@ class TransformersLM(LanguageModel):
         self.context_counts = torch.tensor([len(e.ids) for e in encoded], device=network.device)
         if not hasattr(self, "_text"):  # other contexts share what it has learnt about the vocabulary
             self._text = CompletionText(tokenizer, eos_ids, self.stop, network.vocab_size)
-        self._eos = torch.tensor(self.eos_ids, dtype=torch.int64, device=network.device)
 
     @property
     def abilities(self) -> Abilities:
@@ -232,8 +235,13 @@ class TransformersLM(LanguageModel):
 
     def ended(self, ids: Tensor, step: int) -> Tensor:
         """As `LanguageModel.ended`: an EOS token, or a stop string."""
-        over = torch.isin(ids[:, step], self._eos.to(ids.device))
+        over = super().ended(ids, step)
         return over | self._text.stopped(ids, step) if self.stop else over
+
+    @property
+    def ends_by_eos_alone(self) -> bool:
+        """As `LanguageModel.ends_by_eos_alone`: where no stop string is declared."""
+        return not self.stop and type(self).ended is TransformersLM.ended
 
     def with_contexts(self, contexts: Sequence[Any]) -> Self:
         """The same LM and options for other contexts; weights, tokenizer and what was probed are shared."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from lmppl.errors import ModelError
 from lmppl.modeling.factors import Feature, FeatureInput
+from lmppl.modeling.function_contents import code_digest
 
 __all__ = ["LabelScore", "function_name", "qualified_name", "to_feature"]
 
@@ -28,11 +27,10 @@ def function_name(fn: Callable[..., Any]) -> str | None:
 
 
 def qualified_name(fn: Callable[..., Any]) -> str:
-    """`module:qualname` of a function, for hashing and serialisation.
+    """`module:qualname` of a function, for display and serialisation.
 
-    Lambdas and functions inside functions share their names, so that a digest of the compiled code is
-    appended; values that such a function closes over are not in it (use `Feature.fingerprint` to tell those
-    apart).
+    Lambdas and functions inside functions share their names, so that a digest of the compiled code is appended; values
+    that such a function closes over are not in it: see `content_digest`.
     """
     if isinstance(fn, LabelScore):
         return f"{qualified_name(fn.pipeline)}[{fn.label}]"
@@ -43,21 +41,7 @@ def qualified_name(fn: Callable[..., Any]) -> str:
     owner = fn if hasattr(fn, "__qualname__") else type(fn)
     name = f"{owner.__module__}:{owner.__qualname__}"
     code = getattr(fn, "__code__", None)
-    return f"{name}@{_digest(code)}" if code is not None and "<" in name else name
-
-
-def _digest(code: CodeType) -> str:
-    parts = (code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, _constant(code.co_consts))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, CodeType):
-        return _digest(value)
-    if isinstance(value, tuple):
-        return repr([_constant(one) for one in value])
-    # The order of a set differs from process to process.
-    return repr(sorted(map(_constant, value))) if isinstance(value, frozenset) else repr(value)
+    return f"{name}@{code_digest(code)}" if code is not None and "<" in name else name
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.function_contents import content_digest
 
 if TYPE_CHECKING:
     from lmppl.modeling.graph import FactorGraph
@@ -88,11 +89,19 @@ class Model:
 
     @property
     def spec_hash(self) -> str:
-        """A content hash of the declaration: prior (weights, contexts, options), factors, and their functions' names.
+        """A content hash of the declaration: prior (weights, contexts, options), factors, and their functions.
 
-        Values that a function closes over are not seen; `Feature.fingerprint` tells those apart.
+        Of a function its code counts, with its defaults, bound arguments and the plain values, arrays, networks and
+        functions that it closes over; of a callable object also its attributes. Not seen are global variables, the
+        bodies of functions that it calls by a global name, and the insides of other objects: `Feature.fingerprint`
+        tells those apart, and stands in place of the function's content where it is given. A function that changes
+        such values while it runs changes its hash. Compiled code differs between versions of Python. Source of what is
+        seen: `lmppl.modeling.function_contents`.
         """
-        return hashlib.sha256(f"{self.prior.fingerprint}:{self.graph.content_hash()}".encode()).hexdigest()[:16]
+        functions = [content_digest(f.fn) for f in self.features.values() if f.fingerprint is None]
+        functions += [content_digest(factor.log_factor) for factor in self.factors]  # closes over β, bounds and where=
+        parts = (self.prior.fingerprint, self.graph.content_hash(), functions)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def formula(self) -> str:

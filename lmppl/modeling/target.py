@@ -99,6 +99,7 @@ class Target:
         self.form = TargetForm.of(model)
         self.cost = Cost()
         self._known = {name: _Values() for name in model.features}
+        self._shapes: dict[str, torch.Size] = {}  # of one value, from the first batch on
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -111,6 +112,8 @@ class Target:
 
     def features(self, sequences: Sequences) -> dict[str, Tensor]:
         """Raw feature columns (N,) or (N, K) by name; each function runs once on each distinct text.
+
+        Of no sequences: (0,) until a function has shown its K.
 
         Raises
         ------
@@ -154,17 +157,20 @@ class Target:
     def _column(self, name: str, feature: Feature, sequences: Sequences) -> Tensor:
         owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
         if len(sequences) == 0:
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(0, *self._shapes.get(name, ()), dtype=torch.float64)
         if feature.stochastic:
             self.cost.factor_calls += len(sequences)
-            return evaluate(feature, sequences, factor=owner)
+            values = evaluate(feature, sequences, factor=owner)
+            self._shapes[name] = values.shape[1:]
+            return values
         known = self._known[name]
         keys = _content_keys(feature, sequences)
         fresh = known.missing(keys)
         if fresh:
             values = evaluate(feature, sequences.select(list(fresh.values())), factor=owner)
-            if known.shape not in (None, values.shape[1:]):
-                shapes = f"{tuple(known.shape or ())} for some texts and {tuple(values.shape[1:])} for others"
+            shape = self._shapes.setdefault(name, values.shape[1:])
+            if shape != values.shape[1:]:
+                shapes = f"{tuple(shape)} for some texts and {tuple(values.shape[1:])} for others"
                 raise ShapeError(f"factor {owner!r}: feature {name!r} has values of shape {shapes}, expected one shape")
             known.add(list(fresh), values)
         self.cost.factor_calls += len(fresh)
@@ -178,11 +184,6 @@ class _Values:
     def __init__(self) -> None:
         self._row: dict[Hashable, int] = {}
         self._values: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size | None:
-        """Of one value; None before the first."""
-        return None if self._values is None else self._values.shape[1:]
 
     def missing(self, keys: Sequence[Hashable]) -> dict[Hashable, int]:
         """Keys without a value, each with its first position."""
@@ -229,7 +230,10 @@ def _checked(factor: Factor, value: Tensor, sequences: Sequences) -> Tensor:
     bad = torch.isnan(value) | (value == torch.inf)
     what = "nan or +inf"
     if factor.hard is False and not bool(bad.any()):
-        bad, what = value == -torch.inf, "−inf, although the factor declares hard=False"
+        bad, what = (
+            value == -torch.inf,
+            f"−inf, although this {factor.kind} has hard=False (a Constraint excludes texts),",
+        )
     if bool(bad.any()):
         row = int(torch.nonzero(bad)[0, 0])
         raise FactorError(f"factor {factor.name!r}: log φ is {what} for the text {sequences.text[row]!r}")

@@ -7,6 +7,8 @@ fix it.
 from __future__ import annotations
 
 import inspect
+import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -96,7 +98,9 @@ def evaluate_log_factor(factor: Factor, columns: dict[str, Tensor], sequences: S
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    """The error, and the line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 class _Call:

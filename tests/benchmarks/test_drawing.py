@@ -43,7 +43,7 @@ def load(name: str, context: Any, *, ends: bool) -> LM:
     skip_without_package(name)
     lm = LM(name, context=context, max_new_tokens=CAP, device="cpu")
     if not ends:  # every row runs to the cap
-        lm.eos_ids, lm._eos = (), torch.empty(0, dtype=torch.int64)
+        lm.eos_ids = ()
     assert lm.abilities.cache == "buffer"  # probed before the clock runs
     return lm
 
@@ -77,7 +77,7 @@ def bare_loop(lm: LM) -> Tensor:
         logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = torch.multinomial(torch.softmax(logits, -1), 1)
         drawn.append(tokens)
-        over |= torch.isin(tokens[:, 0], lm._eos)
+        over |= torch.isin(tokens[:, 0], torch.tensor(lm.eos_ids))
         if bool(over.all()):
             break
     return torch.cat(drawn, 1)
@@ -142,7 +142,7 @@ import psutil, torch
 torch.set_num_threads(1)
 from lmppl.lm import LM
 lm = LM({{name!r}}, context="The film was", max_new_tokens={CAP}, device="cpu")
-lm.eos_ids, lm._eos = (), torch.empty(0, dtype=torch.int64)
+lm.eos_ids = ()
 ids = torch.randint(lm.vocab_size, ({NUM_DRAWS}, {CAP}), generator=torch.Generator().manual_seed(0))
 rows = lm.parse(ids, torch.zeros({NUM_DRAWS}, dtype=torch.int64))
 lm.score(rows.select([0, 1]))

@@ -196,8 +196,8 @@ def test_closing_a_stream_stops_the_run() -> None:
     ("arguments", "message"),
     [
         ({"num_draws": 2.5}, "num_draws: got 2.5"),
-        ({"engine": Importance(2.5)}, "num_draws: got 2.5"),
-        ({"engine": BestOfN(2.5)}, "got n = 2.5"),
+        ({"engine": Importance(2.5)}, "importance: got num_draws=2.5, expected int"),
+        ({"engine": BestOfN(2.5)}, "got n=2.5, expected int"),
         ({"seed": "a"}, "seed: got 'a', expected an integer"),
         ({"budget": 100}, "budget: got 100, expected lmppl.Budget"),
         ({"budget": Budget(seconds=-1)}, "seconds=-1, expected a positive number"),
@@ -215,3 +215,48 @@ def test_streamed_draws_say_where_they_come_from_and_nothing_accepted_is_an_erro
     never = PRIOR * Constraint(lambda texts: [False] * len(texts), name="never")
     with pytest.raises(InfeasibleModel, match="never"):
         list(stream(never, Rejection(max_tries=200), 10))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ('importance(num_draws="x")', "importance: got num_draws='x', expected int"),
+        ('best_of_n(n="x")', "got n='x', expected int"),
+        ('rejection(log_upper="x")', "got log_upper='x', expected float or None"),
+        (Exact(max_sequences="x"), "got max_sequences='x', expected int"),
+        (Importance(defensive="x"), "got defensive='x', expected float"),
+        (Importance(num_draws=True), "got num_draws=True, expected int"),
+    ],
+)
+def test_engine_fields_of_another_type_are_refused(engine: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        infer(model(), engine)
+
+
+def test_an_interrupt_before_anything_is_accepted_keeps_nothing() -> None:
+    presses = []
+
+    def never(texts: list[str]) -> list[bool]:
+        presses.append(texts)
+        if len(presses) > 1:
+            raise KeyboardInterrupt
+        return [False] * len(texts)
+
+    prior = TabularLM.random(20, 8, seed=0)
+    with pytest.raises(InterruptedRun, match="before any draw was accepted"):
+        infer(prior * Constraint(never), Rejection(), 50)
+
+
+def test_a_part_is_what_a_shard_returns() -> None:
+    class Half(Importance):
+        def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Any:
+            return 7
+
+    with pytest.raises(ModelError, match="run_shard returned int, expected a Part"):
+        infer(model(), Half())
+
+
+@pytest.mark.parametrize("wrong", [2, len, Reward, "text", PRIOR])
+def test_a_prior_is_multiplied_by_factors_only(wrong: Any) -> None:
+    with pytest.raises(ModelError, match="expected a factor"):
+        PRIOR * wrong

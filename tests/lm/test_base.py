@@ -66,6 +66,32 @@ def test_parse_cuts_at_the_first_end(lm):
     assert (parsed.ids[~parsed.mask] == lm.pad_id).all()
 
 
+def test_rows_that_end_by_eos_alone_are_parsed_at_once(lm):
+    class Stepping(TabularLM):
+        def ended(self, ids, step):
+            return super().ended(ids, step)
+
+    class Early(TabularLM):
+        """Also ends at two equal tokens."""
+
+        def ended(self, ids, step):
+            return super().ended(ids, step) | ((ids[:, step] == ids[:, step - 1]) & (step > 0))
+
+    rows = all_rows(lm)
+    where = torch.zeros(len(rows), dtype=torch.int64)
+    at_once = lm.parse(rows, where)
+    stepping, early = (kind.random(3, 3, order=2, seed=1) for kind in (Stepping, Early))
+    assert lm.ends_by_eos_alone
+    assert not stepping.ends_by_eos_alone
+    by_steps = stepping.parse(rows, where)
+    for name in ("ids", "lengths", "finished"):
+        assert getattr(at_once, name).equal(getattr(by_steps, name))
+    assert early.parse(torch.tensor([[0, 0, 1]]), where[:1]).lengths.tolist() == [2]
+    nothing = lm.parse(rows[:, :0], where)
+    assert nothing.lengths.tolist() == [0] * len(rows)
+    assert not nothing.finished.any()
+
+
 def test_sequences_check_what_they_are_given(lm):
     with pytest.raises(ShapeError, match="row 1 has 4 tokens, expected at most 3"):
         lm.sequences([[0], [0, 0, 0, 0]])

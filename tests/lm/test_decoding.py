@@ -179,6 +179,14 @@ def test_scoring_costs_two_forwards_a_micro_batch():
     assert cost.lm_tokens == 3 * 2 + 9 * 6
 
 
+def test_scoring_counts_no_padding():
+    lm, cost = LM(network("llama"), tokenizer=tokenizer(5), context="ab", max_new_tokens=7), Cost()
+    eos = lm.eos_ids[0]
+    rows = lm.sequences([[eos], [0, 0, eos], [0] * 7])
+    token_log_probs(lm, rows, cost=cost, batch_size=3)
+    assert cost.lm_tokens == 2 + (0 + 2 + 6)
+
+
 def test_micro_batches_depend_on_the_model_and_the_budget_alone():
     lm = without_eos(7)
     row = lm.bytes_per_row(7)

@@ -266,6 +266,23 @@ def test_equal_laws_have_equal_fingerprints():
     assert lm.fingerprint != lm_of(build("llama")).fingerprint
 
 
+def test_writes_past_the_version_counter_are_noticed():
+    model = build("llama")
+    lm = lm_of(model)
+    seen = [lm.fingerprint]
+    model.lm_head.weight.data += 1e-3
+    seen.append(lm.fingerprint)
+    model.lm_head.weight.data.view(-1)[-1] += 1e-3
+    seen.append(lm.fingerprint)
+    assert len(set(seen)) == 3
+    assert lm.fingerprint == lm_of(copy.deepcopy(model)).fingerprint
+
+
+def test_rows_end_by_eos_alone_without_stop_strings():
+    assert lm_of(build("llama")).ends_by_eos_alone
+    assert not lm_of(build("llama"), stop="a").ends_by_eos_alone
+
+
 def test_large_models_are_hashed_by_sums_and_samples(monkeypatch):
     from lmppl.lm import hashing
 

@@ -202,6 +202,24 @@ def test_equal_declarations_have_equal_hashes_and_others_do_not(prior):
     assert (prior * Reward(score)).spec_hash == hashes[1]
 
 
+def test_a_changed_function_is_another_declaration(prior):
+    def make(weight):
+        return lambda texts: [weight * len(t) for t in texts]
+
+    def above(threshold):
+        return Constraint(score, where=lambda s: s > threshold)
+
+    def own(scale):
+        return Factor("own", (Feature("f", score),), lambda columns: scale * columns["f"])
+
+    for declare in (lambda v: Reward(make(v)), above, own):
+        assert (prior * declare(1)).spec_hash == (prior * declare(1)).spec_hash
+        assert (prior * declare(1)).spec_hash != (prior * declare(2)).spec_hash
+    # A fingerprint stands in place of the content.
+    named = [(prior * Reward(make(v), fingerprint=f)).spec_hash for v, f in [(1, "a"), (2, "a"), (1, "b")]]
+    assert named[0] == named[1] != named[2]
+
+
 def test_log_factor_sees_its_own_names_for_shared_features(prior):
     """A factor calls a feature "f"; the model may have another name for that column."""
     from lmppl.modeling.target import Target

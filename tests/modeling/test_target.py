@@ -190,6 +190,20 @@ def test_vectors_are_features_too(prior):
     assert target.log_factors(rows)["own"].tolist() == [2, 3, 2]
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_no_rows_of_a_vector_are_as_wide_as_the_others(prior, stochastic):
+    def both(texts):
+        return [[float(len(t)), 1.0] for t in texts]
+
+    own = Factor("own", (Feature("both", both, stochastic=stochastic),), lambda columns: columns["both"].sum(-1))
+    target = Target(prior * own)
+    rows = prior.sequences([[0, EOS], [1, 0, EOS]])
+    some = target.features(rows)["both"]
+    none = target.features(rows.select([]))["both"]
+    assert none.shape == (0, 2)
+    assert torch.cat([none, some]).equal(some)
+
+
 def test_a_shape_that_changes_from_batch_to_batch_is_an_error(prior):
     def fn(texts):
         return torch.zeros(len(texts), 2) if len(texts) > 1 else torch.zeros(len(texts))
