@@ -200,7 +200,8 @@ class Draws(Sequences):
     def _rows_of_contexts(self) -> tuple[Tensor, ...]:
         """The rows of each of the C contexts, in their order."""
         counts = torch.bincount(self.context, minlength=self.num_contexts)
-        return torch.argsort(self.context, stable=True).split(counts.tolist())
+        rows: tuple[Tensor, ...] = torch.argsort(self.context, stable=True).split(counts.tolist())
+        return rows
 
     def resample(self, num_draws: int | None = None, *, generator: torch.Generator | None = None) -> Draws:
         """Equally weighted draws: `num_draws` rows per context, drawn from the weights by systematic resampling.

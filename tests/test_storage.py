@@ -209,6 +209,8 @@ def test_disk_full(tmp_path):
         atomic_write(path, write)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(StorageError, match=r"No space left on device$"):
+        atomic_write(tmp_path / "new", write)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from lmppl.cli.exits import INTERRUPTED, exit_codes, results_on, say
+from lmppl.cli.exits import INTERRUPTED, exit_codes, nothing_ran, results_on_stdout, say
 
 if TYPE_CHECKING:
     from lmppl.inference.engine import Budget
@@ -18,6 +18,10 @@ __all__ = ["app", "main"]
 EXIT_CODES = (
     "Exit codes: 0 done · 2 wrong usage, spec file or declaration · 3 the engine cannot run on this model · "
     "4 no outcome satisfies the evidence · 5 interrupted (whole shards are kept and saved) · 1 any other error."
+)
+COMPARE_CODES = (
+    f"{EXIT_CODES} Engines without a result keep their rows and the code is 0, unless none but the prior has one: then "
+    "their reasons are on stderr, and the code is 3 or 4 where all failed so, else 2 or 1."
 )
 SPEC_HELP = "SPEC.py, or SPEC.py:name of the model in it."
 ENGINE_HELP = "A name, 'importance(4096)', or package.module:MyEngine(...)."
@@ -75,7 +79,7 @@ def options(
 
 @app.command(epilog=EXIT_CODES)
 def demo(
-    seed: Seed = 0,
+    seed: Seed = 1,
     progress: Progress = None,
 ) -> None:
     """Condition the embedded language model on two pieces of evidence, and compare the engines."""
@@ -83,7 +87,7 @@ def demo(
         from lmppl.cli.demo import run_demo
 
         if not run_demo(seed, progress):
-            say("Interrupted: the rows are those that were finished.", "yellow")
+            say("interrupted", "the rows are those that were finished")
             raise typer.Exit(INTERRUPTED)
 
 
@@ -95,7 +99,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Print a declaration, try its factors on a few prior draws, and say which engines can run on it."""
-    with exit_codes(), results_on(as_json) as stdout:
+    with exit_codes(), results_on_stdout() as stdout:
         from lmppl.cli.checking import check_model, print_check
         from lmppl.cli.spec import load_spec
 
@@ -103,7 +107,7 @@ def check(
         if as_json:
             _write_json(report, stdout)
         else:
-            print_check(report)
+            print_check(report, stdout)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -125,7 +129,7 @@ def infer(
     progress: Progress = None,
 ) -> None:
     """Run one engine on a declaration, and save its draws."""
-    with exit_codes(), results_on(as_json) as stdout:
+    with exit_codes(), results_on_stdout() as stdout:
         from lmppl.cli.reporting import check_folder, print_run, run_as_dict
         from lmppl.cli.spec import add_import_folders, load_spec
         from lmppl.inference.engine import infer as run
@@ -142,17 +146,18 @@ def infer(
         if as_json:
             _write_json(run_as_dict(result, out), stdout)
         else:
-            print_run(result, out)
+            print_run(result, out, stdout)
         stopped = result.status == "interrupted"
         if stopped and budget is not None and budget.spent(result.cost):
-            say(f"The budget ended first: {len(result.draws):,} draws.", "yellow")
+            if "shortfall" not in result.info:  # else the engine has told, context by context
+                say("note", f"the budget ended first: {len(result.draws):,} draws")
         elif stopped:
             where = f"saved to {out}" if out is not None else "shown above; --out saves them"
-            say(f"Interrupted: {len(result.draws):,} draws of whole shards are {where}.", "yellow")
+            say("interrupted", f"{len(result.draws):,} draws of whole shards are {where}")
             raise typer.Exit(INTERRUPTED)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=COMPARE_CODES)
 def compare(
     spec: SpecArgument,
     engines: Annotated[
@@ -174,7 +179,7 @@ def compare(
     progress: Progress = None,
 ) -> None:
     """Run several engines on one declaration, and say how well each approximates the same posterior."""
-    with exit_codes(), results_on(as_json) as stdout:
+    with exit_codes(), results_on_stdout() as stdout:
         from rich.text import Text
 
         from lmppl.cli.reporting import check_folder, screen
@@ -196,14 +201,18 @@ def compare(
         if as_json:
             _write_json(result.as_dict(), stdout)
         else:
-            console = screen()
+            console = screen(stdout)
             console.print(Text(result.formula, style="bold"))
             console.print(result)
         if out is not None:
-            say(f"Saved to {out}.")
+            say("note", f"saved to {out}")
         if result.interrupted:
-            say("Interrupted: the rows are those that were finished.", "yellow")
+            left = f"; not run: {', '.join(result.not_run)}" if result.not_run else ""
+            say("interrupted", f"the rows are those that were finished{left}")
             raise typer.Exit(INTERRUPTED)
+        code = nothing_ran(result.rows[1:])
+        if code is not None:
+            raise typer.Exit(code)
 
 
 def _budget(tokens: int | None, seconds: float | None) -> Budget | None:

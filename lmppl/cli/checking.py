@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.table import Table
@@ -78,9 +78,9 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else "-inf"
 
 
-def print_check(report: dict[str, Any]) -> None:
-    """The report for people, on stdout."""
-    console = screen()
+def print_check(report: dict[str, Any], stdout: TextIO) -> None:
+    """The report for people."""
+    console = screen(stdout)
     console.print(Text(report["formula"], style="bold"))
     console.print()
     console.print(_tree(report))
@@ -119,7 +119,7 @@ def _trial_table(report: dict[str, Any]) -> Table:
         table.add_column(Text(name), justify="right", no_wrap=True, min_width=max(7, len(name)))
     for row in report["tried"]:
         values = (row["log_factors"][name] for name in names)
-        cells = ("-∞" if isinstance(v, str) else f"{v:.3f}" for v in values)
+        cells = ("-∞" if isinstance(v, str) else f"{v:z.3f}" for v in values)
         prompt = one_line(report["contexts"][row["context"]])
         table.add_row(Text.assemble((prompt, "dim"), one_line(row["text"])), *cells)
     return table

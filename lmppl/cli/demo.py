@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from rich.console import Group
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from lmppl.cli.reporting import one_line, screen
 from lmppl.cli.sentiment import is_impersonal, sentiment
-from lmppl.comparison import Comparison, compare
+from lmppl.comparison import Comparison, Figure, compare
 from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine
 from lmppl.inference.exact import Exact
@@ -30,7 +31,8 @@ EVIDENCE = "sentiment: words of praise and of blame, from -1 to 1; is_impersonal
 PROGRAM = """\
 prior = lmppl.LM("tiny", context="The film was", max_new_tokens=24)
 model = prior * lmppl.Reward(sentiment, beta=0.5, upper=1) * lmppl.Constraint(is_impersonal)
-lmppl.compare(model, [lmppl.Rejection(), lmppl.Importance(), lmppl.BestOfN(8), lmppl.Exact()])"""
+engines = [lmppl.Rejection(), lmppl.Importance(), lmppl.BestOfN(8), lmppl.Exact()]
+lmppl.compare(model, engines, num_draws={num_draws}, seed={seed})"""
 
 
 def demo_model() -> Model:
@@ -47,9 +49,9 @@ def run_demo(seed: int, progress: bool | None) -> bool:
     bool
         False where Ctrl-C ended it.
     """
-    console = screen()
+    console = screen(sys.stdout)
     model = demo_model()
-    console.print(Text(PROGRAM, style="cyan"), soft_wrap=True)
+    console.print(Text(PROGRAM.format(num_draws=NUM_DRAWS, seed=seed), style="cyan"), soft_wrap=True)
     console.print()
     console.print(Text(model.formula, style="bold"))
     console.print(Text(EVIDENCE, style="dim"))
@@ -91,15 +93,23 @@ def summary(result: Comparison) -> str:
     prior, exact, weighted, best = (result[name] for name in ("prior", "rejection", "importance", "best_of_n(n=8)"))
     mean, holds = "mean:sentiment", "satisfied:is_impersonal"
     before, after, kept = prior[mean].value or 0.0, exact[mean].value or 0.0, prior[holds].value or 0.0
-    gap = abs((exact["log_z"].value or 0.0) - (weighted["log_z"].value or 0.0))
-    noise = math.hypot(exact["log_z"].error or 0.0, weighted["log_z"].error or 0.0)
-    agree = (
-        f"agree on log Z within {gap / noise:.1f} standard errors" if noise and gap < 3 * noise else "disagree on log Z"
-    )
     own = abs((best[mean].value or 0.0) - after) > 3 * math.hypot(best[mean].error or 0.0, exact[mean].error or 0.0)
     where = "goes elsewhere" if own else "comes near"
     return (
         f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of impersonal "
-        f"texts from {kept:.0%} to 100%; rejection and importance {agree}; best-of-8, a heuristic, {where}, to "
+        f"texts from {kept:.0%} to 100%; rejection and importance"
+        f" {_agreement(exact['log_z'], weighted['log_z'])}; best-of-8, a heuristic, {where}, to "
         f"{best[mean].value or 0.0:+.2f}."
     )
+
+
+def _agreement(one: Figure, other: Figure) -> str:
+    """How far two estimates of log Z are apart, in standard errors of their difference."""
+    gap = abs((one.value or 0.0) - (other.value or 0.0))
+    noise = math.hypot(one.error or 0.0, other.error or 0.0)
+    if gap <= 2 * noise:
+        return f"agree on log Z within {gap / noise if noise else 0.0:.1f} standard errors"
+    distance = gap / noise if noise else math.inf
+    chance = math.erfc(distance / math.sqrt(2))
+    often = f" (by chance once in {1 / chance:,.0f} runs)" if chance > 1e-6 else ""
+    return f"differ on log Z by {distance:.1f} standard errors{often}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import sys
+import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmppl.errors import MissingDependency, ModelError
+from lmppl.errors import MissingDependency, ModelError, StorageError
 from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Guarantee
 from lmppl.sequences import Draws
@@ -22,14 +23,27 @@ from lmppl.sequences import Draws
 __all__ = ["check_folder", "one_line", "print_run", "run_as_dict", "screen"]
 
 SHOWN = 5
+LOOKED_AT = 1000  # draws among which different ones are looked for
 PIPE_WIDTH = 100
 SUFFIXES = (".jsonl", ".safetensors", ".parquet")
 
 
-def screen() -> Console:
-    """Standard output: as wide as the terminal, or 100 columns where it is a pipe or a file."""
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(highlight=False, width=None if known else PIPE_WIDTH)
+class _Screen(Console):
+    """A console that leaves no blanks at the ends of lines, which rich pads, in a pipe or a file."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as printed:
+            super().print(*objects, **options)
+        self.file.write(re.sub(r" +$", "", printed.get(), flags=re.MULTILINE))
+
+
+def screen(stdout: TextIO) -> Console:
+    """A console on `stdout`: as wide as the terminal, or 100 columns where it is a pipe or a file."""
+    known = stdout.isatty() or "COLUMNS" in os.environ
+    return _Screen(file=stdout, highlight=False, width=None if known else PIPE_WIDTH)
 
 
 def check_folder(out: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> None:
@@ -41,6 +55,8 @@ def check_folder(out: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> None
         On another suffix, and where the folder does not exist.
     MissingDependency
         For `.parquet` without the extra `data`.
+    StorageError
+        Where the folder cannot be written in, or `out` exists and is no file.
     """
     if out is None:
         return
@@ -48,8 +64,17 @@ def check_folder(out: Path | None, suffixes: tuple[str, ...] = SUFFIXES) -> None
         raise ModelError(f"--out {out}: the suffix must be one of {', '.join(suffixes)}")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MissingDependency("--out .parquet needs pyarrow: pip install 'lmppl[data]'")
-    if not out.resolve().parent.is_dir():
-        raise ModelError(f"--out {out}: there is no folder {out.resolve().parent}")
+    place = out.resolve()
+    if not place.parent.is_dir():
+        raise ModelError(f"--out {out}: there is no folder {place.parent}")
+    if place.exists() and not place.is_file():
+        raise StorageError(f"--out {out}: it exists and is no regular file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=".lmppl-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"--out {out}: cannot write in the folder {place.parent}: {reason}") from error
 
 
 def run_as_dict(result: Approximation, out: Path | None) -> dict[str, Any]:
@@ -84,9 +109,9 @@ def _estimate(result: Approximation, context: int) -> dict[str, Any] | None:
     return {"value": value, "low": low, "high": high, "kind": best.kind, "note": best.note}
 
 
-def print_run(result: Approximation, out: Path | None) -> None:
-    """Formula, log Z, cost and a few draws of the posterior, on stdout."""
-    console, draws = screen(), result.draws
+def print_run(result: Approximation, out: Path | None, stdout: TextIO) -> None:
+    """Formula, log Z, cost and a few draws of the posterior."""
+    console, draws = screen(stdout), result.draws
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim")
     facts.add_column()
@@ -108,20 +133,29 @@ def print_run(result: Approximation, out: Path | None) -> None:
     law = "the engine's own law" if result.guarantee is Guarantee.HEURISTIC else "the posterior"
     console.print(Text(f"Some draws of {law}", style="bold"))
     generator = torch.Generator().manual_seed(result.seed)
-    sample = draws.resample(SHOWN, generator=generator) if _has_weights(draws) else _first(draws)
+    sample = _different(draws, generator)
     for context, text in zip(sample.context.tolist(), sample.text, strict=True):
         line = Text(f"  {one_line(draws.prompts[context])}", style="dim")
         line.append(one_line(text) or "(the empty text)", style="not dim" if text else "italic")
         console.print(line, overflow="ellipsis", no_wrap=True)
 
 
-def _first(draws: Draws) -> Draws:
-    rows = [torch.nonzero(draws.context == c).squeeze(1)[:SHOWN] for c in range(draws.num_contexts)]
-    return draws.select(torch.cat(rows))
-
-
-def _has_weights(draws: Draws) -> bool:
-    return draws.log_weight is not None
+def _different(draws: Draws, generator: torch.Generator) -> Draws:
+    """A few draws of each context, none twice: the first ones, or by weight, without replacement (Gumbel's trick)."""
+    chosen = []
+    for c in range(draws.num_contexts):
+        rows = torch.nonzero(draws.context == c).squeeze(1).cpu()
+        if draws.log_weight is not None:
+            log_w = draws.log_weight.cpu()[rows].double()
+            rows, log_w = rows[log_w > -math.inf], log_w[log_w > -math.inf]
+            noise = -torch.rand(len(rows), generator=generator, dtype=torch.float64).log()
+            rows = rows[torch.argsort(log_w - noise.log(), descending=True)]
+        rows = rows[:LOOKED_AT]
+        first: dict[object, int] = {}
+        for key, row in zip(draws.select(rows).keys(), rows.tolist(), strict=True):
+            first.setdefault(key, row)
+        chosen += list(first.values())[:SHOWN]
+    return draws.select(chosen)
 
 
 def _promise(guarantee: Guarantee) -> str:
@@ -137,10 +171,10 @@ def _log_z(result: Approximation, context: int) -> str:
     if not result.log_normalizer:
         return "— (this engine estimates none)"
     best = result.log_normalizer[0]
-    text = f"{float(best.value[context]):.4f}"
+    text = f"{float(best.value[context]):z.4f}"
     if best.interval is not None and best.kind != "exact":
         low, high = best.interval[context].tolist()
-        text += "  (no interval)" if math.isnan(low) else f"  [{low:.4f}, {high:.4f}] at {best.level:.0%}"
+        text += "  (no interval)" if math.isnan(low) else f"  [{low:z.4f}, {high:z.4f}] at {best.level:.0%}"
     return text + (" exactly" if best.kind == "exact" else "")
 
 

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmppl.comparison.figures import Figure, Relation, missing
+from lmppl.comparison.figures import BY_CONSTRUCTION, Figure, Relation, missing
 from lmppl.comparison.laws import NO_WEIGHTS, Law, log_ratios
 from lmppl.comparison.reference import Reference
 from lmppl.diagnostics import (
@@ -45,7 +45,6 @@ HEAVY = f"k̂ > {KHAT_LIMIT}: weighted figures of this row are not to be trusted
 UNSEEN = "no draw has γ = 0; if q gives such texts any probability, this is ∞"
 NONE_SEEN = "95 % bound: no draw shows it"
 ALL_ZERO = "every draw has γ = 0"
-BY_CONSTRUCTION = "0 by construction: its draws are from π*"
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}  # how far a table of log-probabilities is from summing to 1
 
 
@@ -124,7 +123,8 @@ def _zero_share(law: Law, log_w: Tensor) -> Figure:
     """Pr_q(γ = 0): the share among the draws; where none is among them, its 95 % upper bound."""
     count, share = len(log_w), float(zero_weight_share(log_w))
     if share == 0.0 and law.may_violate:
-        return Figure(float(binomial_upper(torch.tensor(0), torch.tensor(count))), relation="≤", note=NONE_SEEN)
+        bound = float(binomial_upper(torch.tensor(0), torch.tensor(count)))
+        return Figure(bound, relation="≤", note=NONE_SEEN, observed=0.0)
     return Figure(share, math.sqrt(share * (1 - share) / count))
 
 

@@ -37,6 +37,7 @@ class _Run:
     label: str
     entrant: Engine | LanguageModel | Approximation
     done: list[Approximation] = field(default_factory=list)
+    error: LmpplError | None = None
     reason: str = ""
 
     def law(self, approximation: Approximation) -> Law:
@@ -75,10 +76,11 @@ def compare(
     Columns, in nats: log Z with its 95 % interval; KL of the row's law to π0; the mean of every raw feature and the
     share that satisfies every hard constraint; KL(q‖π*) = log Z − E_q[log w], ∞ where q can violate a hard constraint;
     KL(π*‖q) = E_π*[log w] − log Z over exact draws of the reference, which alone see missed modes; TV = E_q[(1 −
-    w/Z)₊]; Pr_q(γ = 0), or its 95 % bound where no draw shows it; ESS = (Σw)²/Σw²; Pareto k̂. Where π* is a table
-    the divergences are exact, and the TV of the draws' weighted empirical law stands beside the expected TV of as
-    many exact draws. Then the cost. A figure that cannot be computed is "—", with the reason below the table. With
-    several contexts figures are averaged over them, but for k̂, which is the worst; `per_context` has each.
+    w/Z)₊]; Pr_q(γ = 0), or its 95 % bound where no draw of any context or repeat shows it; ESS = (Σw)²/Σw²; Pareto k̂.
+    Where π* is a table the divergences are exact, and the TV of the draws' weighted empirical law stands beside the
+    expected TV of as many exact draws. Then the cost. A figure that cannot be computed is "—", with the reason below
+    the table. With several contexts figures are averaged over them, but for k̂, which is the worst; `per_context` has
+    each.
 
     Parameters
     ----------
@@ -215,6 +217,7 @@ def _execute(
         except (InterruptedRun, KeyboardInterrupt) as error:
             raise _Interrupted from error
         except LmpplError as error:
+            run.error = error
             run.reason = f"repeat {number + 1} of {repeats} failed: {error}" if number else str(error)
             return
         run.done.append(result)
@@ -249,7 +252,7 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
     """The row, averaged over contexts and repeats, and its parts: one row a context, averaged over repeats."""
     if not run.done:
         guarantee = run.entrant.guarantee.value if isinstance(run.entrant, Engine) else "—"
-        return Row(run.label, guarantee, "", {}, repeats=0, reason=run.reason), []
+        return Row(run.label, guarantee, "", {}, repeats=0, reason=run.reason, error=run.error), []
     laws = [run.law(a) for a in run.done]
     contexts = range(model.prior.num_contexts)
     table = [[closeness(law, reference, c) | summaries(law, reference, model, c) for c in contexts] for law in laws]
@@ -278,7 +281,7 @@ def _over_repeats(figures: Sequence[Figure]) -> Figure:
     values = [f.value for f in figures if f.value is not None]
     if mean.value is None or len(figures) < 2:
         return mean
-    return Figure(mean.value, mean.error, mean.interval, mean.relation, spread(values), mean.note)
+    return Figure(mean.value, mean.error, mean.interval, mean.relation, spread(values), mean.note, mean.observed)
 
 
 def _cost(approximation: Approximation, contexts: Sequence[dict[str, Figure]]) -> dict[str, Figure]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Figure", "Relation", "average", "missing", "spread", "worst"]
+__all__ = ["Figure", "Relation", "average", "caution", "missing", "spread", "worst"]
 
 Relation = Literal["=", "≈", "≤", "≥"]
+BY_CONSTRUCTION = "0 by construction: its draws are from π*"
+CONTEXTS = re.compile(r"^contexts [\d, ]+: ")
+METHODS = ("delta method", "empirical Bernstein", "Clopper–Pearson", BY_CONSTRUCTION)  # say how, not how far to trust
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Figure:
         Standard deviation over repeats.
     note : str
         What a reader must know.
+    observed : float, optional
+        Where `value` bounds a share that no draw shows: the share among the draws, 0 or 1.
     """
 
     value: float | None
@@ -39,6 +45,7 @@ class Figure:
     relation: Relation = "="
     spread: float | None = None
     note: str = ""
+    observed: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; infinite values become strings."""
@@ -57,11 +64,18 @@ def missing(reason: str) -> Figure:
     return Figure(None, note=reason)
 
 
+def caution(note: str) -> str:
+    """What in a note limits trust: its clauses, but for those that only name a method."""
+    return "; ".join(clause for clause in note.split("; ") if not CONTEXTS.sub("", clause).startswith(METHODS))
+
+
 def average(figures: Sequence[Figure]) -> Figure:
     """The mean over contexts of one repeat, or over repeats.
 
     A mean exists only where every part does: otherwise the first missing part's reason stands. The error is that of
-    a mean of independent parts; the interval averages the ends, which is conservative for independent parts.
+    a mean of independent parts; the interval averages the ends, which is conservative for independent parts. Bounds of
+    what no draw shows are averaged where all parts are such bounds; beside a part that shows it, they count as the 0
+    or 1 that was observed. An infinite part is the mean, with its note.
     """
     first = figures[0]
     if len(figures) == 1:
@@ -69,6 +83,12 @@ def average(figures: Sequence[Figure]) -> Figure:
     absent = next((f for f in figures if f.value is None), None)
     if absent is not None:
         return absent
+    infinite = next((f for f in figures if f.value == math.inf and f.relation == "="), None)
+    if infinite is not None:
+        return infinite
+    bounded = [f.observed for f in figures if f.observed is not None]
+    if 0 < len(bounded) < len(figures):
+        figures = [f if f.observed is None else Figure(f.observed) for f in figures]
     values = [f.value for f in figures if f.value is not None]
     errors = [f.error for f in figures if f.error is not None]
     ends = [f.interval for f in figures if f.interval is not None]
@@ -81,7 +101,8 @@ def average(figures: Sequence[Figure]) -> Figure:
         error=math.sqrt(sum(e * e for e in errors)) / n if len(errors) == n else None,
         interval=(sum(e[0] for e in ends) / n, sum(e[1] for e in ends) / n) if len(ends) == n else None,
         relation=relation,
-        note=next((f.note for f in figures if f.note), ""),
+        note=max((f.note for f in figures), key=lambda note: (bool(caution(note)), bool(note))),
+        observed=sum(bounded) / n if len(bounded) == n else None,
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmppl.comparison.figures import Figure
 from lmppl.comparison.reference import Reference
-from lmppl.errors import MissingDependency, ModelError, StorageError
+from lmppl.errors import LmpplError, MissingDependency, ModelError, StorageError
 from lmppl.inference.approximation import Approximation
 from lmppl.storage import atomic_write, versions
 
@@ -46,6 +46,8 @@ class Row:
     status : {"complete", "interrupted"}
     context : int, optional
         The context of a part of `Comparison.per_context`.
+    error : LmpplError, optional
+        What was raised where nothing ran to the end of a first repeat.
     """
 
     label: str
@@ -56,6 +58,7 @@ class Row:
     reason: str = ""
     status: str = "complete"
     context: int | None = None
+    error: LmpplError | None = None
 
     def __getitem__(self, column: str) -> Figure:
         """The figure of one column."""

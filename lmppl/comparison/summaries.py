@@ -44,7 +44,7 @@ def _satisfied(law: Law, alive: Tensor, weights: Tensor) -> Figure:
         return _mean(alive, weights, exact=True)
     if bool((alive == 1).all()):
         seen = float(binomial_upper(torch.tensor(0), torch.tensor(len(alive))))
-        return Figure(1.0 - seen, relation="≥", note="95 % bound: no draw shows it")
+        return Figure(1.0 - seen, relation="≥", note="95 % bound: no draw shows it", observed=1.0)
     return _mean(alive, weights, exact=False)
 
 
@@ -65,14 +65,15 @@ def _mean(values: Tensor, weights: Tensor, *, exact: bool) -> Figure:
     if not bool(used.any()):
         return missing("every draw has γ = 0")
     w, f = weights[used], values[used].double()
-    mean = float((w * f).sum())
+    constant = bool((f == f[0]).all())
+    mean = float(f[0]) if constant else float((w * f).sum())
     if math.isnan(mean):
         return missing("some draws leave the support of π0, where evidence is not evaluated")
     if exact:
         return Figure(mean, 0.0)
     if not math.isfinite(mean):
         return Figure(mean)
-    if bool((f == f[0]).all()):
+    if constant:
         return Figure(mean, note="its draws do not differ here, so no error can be estimated")
     return Figure(mean, float((w * (f - mean)).square().sum().sqrt()))
 

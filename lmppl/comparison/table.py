@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from lmppl.comparison.figures import Figure
+from lmppl.comparison.figures import Figure, caution
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lmppl.comparison.result import Comparison, Row
 
-__all__ = ["as_text", "markdown", "renderables"]
+__all__ = ["as_text", "markdown", "reason", "renderables"]
 
 TEXT_WIDTH = 100
 LABEL_WIDTH, LAW_WIDTH = 30, 20
@@ -94,17 +94,18 @@ def _grid(title: str, rows: Sequence[Row], text: str, columns: Sequence[Column],
         if text:
             line.append(getattr(row, text))
         if not row.figures:
-            line[-1] = f"no result {notes.mark(_reason(row))}"
+            line[-1] = f"no result {notes.mark(reason(row))}"
             line += [""] * len(columns)
         elif row.reason and text == "guarantee":
-            line[0] += f" {notes.mark(_reason(row))}"
+            line[0] += f" {notes.mark(reason(row))}"
         if row.figures:
             line += [_cell(row.figures.get(c.key), c, notes) for c in columns]
         lines.append(line)
     return Grid(title, ["", *heading, *(c.heading for c in columns)], lines)
 
 
-def _reason(row: Row) -> str:
+def reason(row: Row) -> str:
+    """Why a row has no result, with its label in front."""
     name = row.label.partition("(")[0]
     return row.reason if row.reason.startswith(name) else f"{row.label}: {row.reason}"
 
@@ -124,7 +125,9 @@ def _cell(figure: Figure | None, column: Column, notes: Notes) -> str:
         text += f" [{_number(figure.interval[0], kind)}, {_number(figure.interval[1], kind)}]"
     elif figure.error and math.isfinite(figure.error) and kind == "nats":
         text += f" ±{_number(figure.error, kind)}"
-    if note and (figure.relation != "=" or not math.isfinite(figure.value) or column.key == "k_hat"):
+    if figure.relation == "=" and math.isfinite(figure.value):
+        note = caution(note)
+    if note:
         text += f" {notes.mark(note)}"
     return text
 
@@ -140,7 +143,7 @@ def _number(value: float, kind: str) -> str:
         return _percent(value)
     if kind == "seconds":
         return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:z.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _percent(share: float) -> str:

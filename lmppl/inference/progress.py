@@ -54,7 +54,8 @@ def progress_bar(
     )
     start = time.perf_counter()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4) as bar:
+    shared = sys.stdout is sys.stderr  # the command line sends what user functions print there: above the bar, then
+    with Progress(*columns, console=console, transient=True, redirect_stdout=shared, refresh_per_second=4) as bar:
         task = bar.add_task(str(engine).replace("[", r"\["), total=None, figures="")
 
         def update(parts: Sequence[Part]) -> None:

@@ -124,8 +124,8 @@ class Rejection(Engine):
     def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
         last = _shard(parts[-1])
         tried, accepted = _tally(parts)
-        if last.wanted is not None and len(parts) > 1:
-            before = _proposals_needed(last.wanted, *_tally(parts[:-1]))
+        if last.wanted is not None:
+            before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, *_tally(parts[:-1]))
             now = _proposals_needed(last.wanted, tried, accepted)
             if before <= MANY_PROPOSALS < now:
                 log.warning(

@@ -68,7 +68,8 @@ def atomic_write(path: str | Path, writer: Callable[[Path], object]) -> Path:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(f"cannot write {path}: {reason}; what stood there is as it was") from error
+        old = "; what stood there is as it was" if place.exists() else ""
+        raise StorageError(f"cannot write {path}: {reason}{old}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

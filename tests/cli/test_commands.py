@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 import lmppl
 from lmppl.cli import app
-from lmppl.cli.demo import run_demo
+from lmppl.cli.demo import _agreement, run_demo
 from lmppl.cli.sentiment import is_impersonal, sentiment
-from lmppl.comparison import Comparison
+from lmppl.comparison import Comparison, Figure
 from lmppl.sequences import Draws
 
 SPEC = """
@@ -31,6 +31,7 @@ def never(texts):
 prior = TabularLM.random(3, 4, seed=0, context=["", "a"])
 model = prior * Reward(count_a, beta=1) * Constraint(lambda texts: ["bb" not in t for t in texts], name="no bb")
 impossible = prior * Constraint(never)
+impossible_unbounded = impossible * Reward(count_a, beta=1)
 broken = prior * Reward(lambda texts: [1.0], name="one")
 bounded = prior * Reward(count_a, beta=1, upper=4)
 even = TabularLM.random(3, 4, seed=0) * Reward(lambda texts: [0.5] * len(texts), name="even")
@@ -38,11 +39,26 @@ pressed = prior * Reward(lambda texts: (_ for _ in ()).throw(KeyboardInterrupt),
 engines = ["exact", Importance(40)]
 """
 
+OWN_ENGINE = """
+from lmppl import Engine, Guarantee
+
+class Mine(Engine):
+    name = "mine"
+    guarantee = Guarantee.CONSISTENT
+
+    def run_shard(self, target, shard, *, state=None):
+        return 1 / 0
+
+    def merge(self, parts):
+        return parts[0]
+"""
+
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "spec.py").write_text(SPEC)
     yield "spec.py"
     sys.modules.pop("lmppl_spec", None)
@@ -135,7 +151,7 @@ def test_infer_without_an_engine_takes_the_first_that_can_run(spec: str) -> None
 def test_a_budget_that_ends_first_is_told_and_is_no_failure(spec: str) -> None:
     result = call("infer", spec, "-e", "importance", "-n", "5000", "--budget-tokens", "10")
     assert result.exit_code == 0
-    assert "The budget ended first: 1,024 draws." in result.stderr
+    assert result.stderr.splitlines()[-1] == "note: the budget ended first: 1,024 draws"
 
 
 def test_compare_uses_the_engines_of_the_spec(spec: str, tmp_path: Path) -> None:
@@ -145,7 +161,7 @@ def test_compare_uses_the_engines_of_the_spec(spec: str, tmp_path: Path) -> None
     labels = [row["label"] for row in json.loads(out.read_text())["rows"]]
     assert labels == ["prior", "exact", "importance"]
     assert "How close one draw is" in result.stdout
-    assert "Saved to" in result.stderr
+    assert "note: saved to" in result.stderr
 
 
 def test_compare_takes_engines_with_commas_inside(spec: str) -> None:
@@ -181,6 +197,12 @@ def test_engines_of_ones_own_are_found_beside_the_spec(spec: str, tmp_path: Path
         (["infer", "spec.py", "-n", "0"], 2, "greater than or equal to 1"),
         (["infer", "spec.py", "-o", "x.txt"], 2, "the suffix must be one of .jsonl"),
         (["infer", "spec.py", "-o", "no/where.jsonl"], 2, "there is no folder"),
+        (
+            ["infer", "spec.py", "-o", "/proc/x.jsonl"],
+            1,
+            "error: --out /proc/x.jsonl: cannot write in the folder /proc",
+        ),
+        (["infer", "spec.py", "-o", "folder.jsonl"], 1, "is no regular file"),
         (["infer"], 2, "Missing argument"),
         (["compare", "spec.py", "--engines", "exact,,"], 2, "cannot read"),
         (["compare", "spec.py", "-o", "x.html"], 2, "the suffix must be one of .json"),
@@ -188,8 +210,12 @@ def test_engines_of_ones_own_are_found_beside_the_spec(spec: str, tmp_path: Path
         (["infer", "spec.py:impossible", "-e", "importance"], 4, "weight zero"),
         (["infer", "spec.py:impossible", "-e", "rejection(max_tries=50)"], 4, "0 of 50 draws accepted"),
         (["infer", "spec.py:impossible"], 4, "Z"),
-        (["infer", "spec.py:pressed", "-e", "importance"], 5, "nothing is kept"),
-        (["compare", "spec.py:pressed"], 5, "Interrupted"),
+        (["infer", "spec.py:pressed", "-e", "importance"], 5, "error: importance: stopped before its first shard"),
+        (
+            ["compare", "spec.py:pressed"],
+            5,
+            "interrupted: the rows are those that were finished; not run: prior, exact, importance",
+        ),
     ],
 )
 def test_exit_codes(spec: str, arguments: list[str], code: int, message: str) -> None:
@@ -211,7 +237,7 @@ def test_a_full_disk_leaves_the_old_file(spec: str, tmp_path: Path, monkeypatch:
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
     assert out.read_text() == "old"
-    assert {path.name for path in tmp_path.iterdir()} <= {"spec.py", "draws.jsonl", "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"spec.py", "draws.jsonl", "folder.jsonl", "__pycache__"}
 
 
 def test_parquet_without_its_package_is_refused_before_the_run(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +251,69 @@ def test_parquet_without_its_package_is_refused_before_the_run(spec: str, monkey
 def test_warnings_are_plain_lines_on_stderr(spec: str) -> None:
     result = call("compare", spec, "--engines", "best_of_n(n=1)", "-n", "50")
     assert result.exit_code == 0
-    assert "note  best_of_n:" in result.stderr
+    assert "note: best_of_n:" in result.stderr
+
+
+def test_what_user_functions_print_never_meets_the_results(spec: str) -> None:
+    for arguments in (["check"], ["infer", "-e", "importance(10)"], ["compare", "-n", "10"]):
+        result = call(arguments[0], spec, *arguments[1:])
+        assert result.exit_code == 0
+        assert "a reward that prints" in result.stderr
+        assert "that prints" not in result.stdout
+        assert all(line == line.rstrip() for line in result.stdout.splitlines())
+
+
+def test_a_budget_that_the_engine_tells_of_is_told_once(spec: str) -> None:
+    result = call("infer", f"{spec}:bounded", "-e", "rejection", "-n", "5000", "--budget-tokens", "10")
+    told = [line for line in result.stderr.splitlines() if line.startswith("note:")]
+    assert result.exit_code == 0
+    assert len(told) == len([line for line in told if "rejection: context" in line]) > 0
+
+
+def test_shown_draws_are_different_ones(spec: str) -> None:
+    for engine in ("rejection", "importance", "best_of_n(2)", "exact"):
+        for n in (3, 200):
+            lines = call("infer", f"{spec}:bounded", "-e", engine, "-n", str(n)).stdout.splitlines()
+            shown = lines[next(i for i, line in enumerate(lines) if line.startswith("Some draws")) + 1 :]
+            if n == 200 or engine == "exact":
+                assert [len(set(shown[:5])), len(set(shown[5:]))] == [5, 5]  # one context, then the other
+            else:
+                assert 2 <= len(shown) <= 2 * n
+
+
+@pytest.mark.parametrize(
+    ("name", "engines", "code", "messages"),
+    [
+        ("model", "rejection", 3, ["error: rejection needs an upper bound"]),
+        ("impossible", "importance,rejection(max_tries=50)", 4, ["error: importance: all", "error: rejection: 0 of"]),
+        ("broken", "importance,best_of_n", 2, ["error: importance: factor 'one'", "error: best_of_n: factor 'one'"]),
+        ("broken", "rejection,importance", 2, ["error: rejection needs", "error: importance: factor 'one'"]),
+        ("impossible_unbounded", "importance,rejection", 1, ["error: importance: all", "error: rejection needs"]),
+        ("model", "rejection,importance", 0, []),
+    ],
+)
+def test_a_comparison_without_results_fails(spec: str, name: str, engines: str, code: int, messages: list[str]) -> None:
+    for options in ([], ["--json"]):
+        result = call("compare", f"{spec}:{name}", "--engines", engines, "-n", "20", *options)
+        assert result.exit_code == code, result.output
+        told = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert len(told) == len(messages)
+        assert all(line.startswith(message) for line, message in zip(told, messages, strict=True))
+        assert "prior" in result.stdout
+
+
+def test_an_engine_of_ones_own_that_raises_is_shown_at_its_line(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_ENGINE)
+    for command in (["infer", spec, "-e", "mine:Mine()"], ["compare", spec, "--engines", "mine:Mine()", "-n", "10"]):
+        result = call(*command)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.splitlines()[-1].endswith("mine.py:9, in run_shard: ZeroDivisionError: division by zero")
+
+
+def test_a_fault_of_lmppl_keeps_its_traceback(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmppl.cli.reporting._promise", lambda guarantee: {}[guarantee.value])
+    monkeypatch.setattr("lmppl.cli.exits.PACKAGE", Path(__file__).resolve().parent)
+    assert isinstance(call("infer", spec).exception, KeyError)
 
 
 def test_sentiment_is_bounded_and_hears_negations() -> None:
@@ -240,6 +328,7 @@ def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str], monkeypatch:
     run_demo(0, False)
     shown = capsys.readouterr().out
     for text in (
+        "num_draws=40, seed=0)",
         "π*(x|c) ∝ π0(x|c)",
         "draws of the posterior",
         "best_of_n(n=8)",
@@ -248,6 +337,15 @@ def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str], monkeypatch:
     ):
         assert text in shown
     assert shown.rstrip().splitlines()[-1].endswith(".")
+    assert all(line == line.rstrip() for line in shown.splitlines())
+
+
+def test_estimates_that_are_far_apart_are_not_said_to_agree() -> None:
+    one = Figure(0.0, 0.3)
+    assert _agreement(one, Figure(0.5, 0.4)) == "agree on log Z within 1.0 standard errors"
+    assert _agreement(one, Figure(1.0, 0.4)) == "agree on log Z within 2.0 standard errors"
+    assert _agreement(one, Figure(1.4, 0.4)) == "differ on log Z by 2.8 standard errors (by chance once in 196 runs)"
+    assert _agreement(one, Figure(9.0, 0.4)) == "differ on log Z by 18.0 standard errors"
 
 
 def test_the_demonstration_shows_its_engines_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

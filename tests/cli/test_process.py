@@ -51,7 +51,7 @@ def test_ctrl_c_saves_whole_shards_and_exits_with_5(tmp_path: Path) -> None:
     draws = Draws.load(tmp_path / "x.jsonl")
     assert len(draws) >= 2048
     assert len(draws) % 1024 == 0
-    assert f"Interrupted: {len(draws):,} draws of whole shards are saved to x.jsonl." in messages
+    assert f"interrupted: {len(draws):,} draws of whole shards are saved to x.jsonl" in messages
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == ["", ".jsonl", ".py"]
 
 

@@ -221,6 +221,33 @@ def test_averages_of_figures() -> None:
     assert spread([1.0, 3.0]) == pytest.approx(math.sqrt(2))
 
 
+def test_a_bound_stands_only_where_no_part_shows_a_violation() -> None:
+    bound = Figure(0.97, relation="≥", note="no draw shows it", observed=1.0)
+    clean = average([bound, bound])
+    assert (clean.value, clean.relation, clean.observed) == (0.97, "≥", 1.0)
+    mixed = average([bound, Figure(0.9, 0.1), bound])
+    assert (mixed.value, mixed.relation, mixed.note) == (pytest.approx(2.9 / 3), "=", "")
+    assert average([clean, mixed]).value == pytest.approx((1.0 + 2.9 / 3) / 2)
+    infinite = Figure(math.inf, note="some draws")
+    assert average([Figure(1.0, relation="≥", note="none"), infinite]) == infinite
+
+
+def test_the_share_that_holds_is_that_of_the_draws_where_any_context_violates() -> None:
+    rare = TabularLM.random(3, 4, seed=3, context=["", "a", "ab"]) * Constraint(has_no("bbb"), name="rare")
+    mixed = []
+    for seed in range(8):
+        table = compare(rare, ["best_of_n(n=1)"], num_draws=20, seed=seed)
+        parts = [row for row in table.per_context if row.label == "best_of_n(n=1)"]
+        draws = table.approximations["best_of_n(n=1)"][0].draws
+        violating = float((draws.log_factors["rare"] == -math.inf).double().mean())
+        row = table["best_of_n(n=1)"]["satisfied:rare"]
+        assert (row.relation == "=") == (violating > 0)
+        if violating:
+            assert row.value == pytest.approx(1 - violating)
+            mixed.append({row["satisfied:rare"].relation for row in parts} == {"=", "≥"})
+    assert any(mixed)
+
+
 def test_the_worst_of_figures() -> None:
     good, bad, gone = Figure(0.3), Figure(0.9, note="heavy"), missing("tied")
     assert worst([good, bad]) == bad

@@ -13,6 +13,7 @@ from rich.console import Console
 from lmppl.comparison import Comparison, Figure, compare
 from lmppl.comparison.table import Column, Notes, _cell, as_text
 from lmppl.errors import StorageError
+from lmppl.inference import Budget, Importance
 from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Reward
 from tests.models import count_of, has_no
@@ -39,6 +40,11 @@ def table() -> Comparison:
         (Figure(float("inf"), note="why"), "nats", "∞ ¹"),
         (Figure(float("-inf")), "nats", "-∞"),
         (Figure(None, note="why"), "nats", "— ¹"),
+        (Figure(-0.0001, 0.0001), "nats", "0.000 ±0.000"),
+        (Figure(-0.0001, relation="≈"), "nats", "≈0.000"),
+        (Figure(1.0, note="Clopper–Pearson: holds at every N"), "nats", "1.000"),
+        (Figure(1.0, note="Clopper–Pearson: holds at every N; N was not fixed"), "nats", "1.000 ¹"),
+        (Figure(1.0, note="contexts 0, 1: delta method: asymptotic; contexts 2: weights are equal"), "nats", "1.000 ¹"),
         (None, "nats", "—"),
         (Figure(12345.6), "count", "12,346"),
         (Figure(1.0), "share", "100 %"),
@@ -51,6 +57,18 @@ def table() -> Comparison:
 )
 def test_a_cell_reads(figure: Figure | None, kind: str, text: str) -> None:
     assert _cell(figure, Column("x", "x", kind), Notes()) == text
+
+
+def test_what_limits_trust_in_log_z_is_below_the_table() -> None:
+    prior, other = (TabularLM.random(8, 20, seed=seed, eos=None) for seed in (3, 4))
+    heavy = compare(prior, [Importance(proposal=other)], num_draws=1000)
+    assert " not to be trusted: k̂ = " in str(heavy)
+    assert "delta method: asymptotic" not in str(heavy)
+    assert heavy["importance"]["log_z"].note.startswith("delta method")
+    narrow = TabularLM([0.5, 0.5, 0.0], ["a", "b", "<eos>"], max_new_tokens=3)
+    bounded = narrow * Reward(count_of("a"), beta=1, upper=3, name="a")
+    short = compare(bounded, ["rejection"], num_draws=5000, budget=Budget(lm_tokens=30))
+    assert "so N was not fixed" in str(short)
 
 
 def test_equal_notes_are_one() -> None:

@@ -296,6 +296,15 @@ def test_the_law_belongs_to_its_contexts():
         law | "b"
 
 
+@pytest.mark.parametrize("stop", [None, "ab"])
+def test_a_law_ends_rows_as_its_prior_does(stop):
+    from tests.lm.random_models import random_lm
+
+    lm = random_lm("llama", stop=stop)
+    law = exact(lm * Reward(wavy)).as_language_model()
+    assert law.ends_by_eos_alone == lm.ends_by_eos_alone == (stop is None)
+
+
 def test_fingerprints_tell_laws_apart():
     lm = enumerable_lm("tabular")
     tables = [exact(lm * Reward(wavy, beta=beta)).law.fingerprint for beta in (0.5, 0.5, 0.6)]
