@@ -241,7 +241,7 @@ class Rejection(Engine):
             log.warning(
                 "rejection: context %r has %d of %d draws after %s proposals; %s",
                 prompts[c], int(accepted[c]), wanted, f"{int(tried[c]):,}",
-                "raise max_tries or loosen the evidence" if capped else "the run was ended before",
+                "raise max_tries or loosen the evidence" if capped else "the run ended first",
             )  # fmt: skip
         return [prompts[c] for c in short]
 
