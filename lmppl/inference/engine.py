@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 import torch
 
 from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
+from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
 from lmppl.sequences import Cost, Draws
@@ -127,7 +128,10 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The result of one shard: its draws, what it cost, and what the engine needs to merge it."""
+    """The result of one shard: its draws, what it cost, and what the engine needs to merge it.
+
+    `info` holds plain data and tensors, so that a part can be stored.
+    """
 
     shard: Shard
     draws: Draws
@@ -145,7 +149,7 @@ def shard_generator(shard: Shard) -> torch.Generator:
 class Engine(ABC):
     """Base of every engine: configuration only; validated when planned.
 
-    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` and `merge`; the
+    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` (or `simulate`) and `merge`; the
     default plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
     """
 
@@ -154,6 +158,8 @@ class Engine(ABC):
     references: ClassVar[tuple[str, ...]] = ()
     surplus: ClassVar[bool] = False
     """Shards may hold more draws of a context than were asked for; the first ones count."""
+    sequential: ClassVar[bool] = False
+    """A shard starts where the one before ended, which leaves its state in `Part.info["state"]`."""
 
     def cite(self) -> str:
         """BibTeX of the papers that this engine implements."""
@@ -202,9 +208,16 @@ class Engine(ABC):
         last = parts[-1].shard
         return [replace(last, id=last.id + 1)]
 
-    @abstractmethod
     def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
-        """Compute one shard, from `shard_generator(shard)` alone."""
+        """Compute one shard, from `shard_generator(shard)` alone.
+
+        `state` is where the shard before ended, for `sequential` engines.
+        """
+        return self.simulate(target, shard, Source(shard_generator(shard)), state=state)
+
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
+        """Compute one shard with the choices of `source`; what an engine gives whose choices can be enumerated."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither run_shard nor simulate")
 
     @abstractmethod
     def merge(self, parts: Sequence[Part]) -> Approximation:
@@ -410,7 +423,8 @@ class _Run:
         while shards:
             for position, shard in enumerate(shards):
                 before, start = target.cost.copy(), time.perf_counter()
-                part = engine.run_shard(target, shard)
+                state = self.done[-1].info["state"] if engine.sequential and self.done else None
+                part = engine.run_shard(target, shard, state=state)
                 if not isinstance(part, Part):
                     raise ModelError(f"{engine.name}: run_shard returned {type(part).__name__}, expected a Part")
                 target.cost.seconds += time.perf_counter() - start

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lmppl.modeling.evidence.automata import Automaton
     from lmppl.modeling.model import Model
 
-__all__ = ["Factor", "Feature", "Incremental"]
+__all__ = ["Factor", "Feature", "Incremental", "start_incremental"]
 
 FeatureInput = Literal["text", "full", "ids", "hidden"]
 
@@ -82,8 +82,12 @@ class Incremental(Protocol):
 
     needs: Collection[Literal["text", "ids", "hidden"]]
 
-    def start(self, contexts: Tensor) -> Any:
-        """State of B empty completions of `contexts` (B,)."""
+    def start(self, contexts: Tensor, step: Step | None = None) -> Any:
+        """State of B empty completions of `contexts` (B,).
+
+        A form whose signature has `step` also gets the LM's `Step` (B, 1, ·) after the context; others may leave it
+        out.
+        """
         ...
 
     def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
@@ -105,6 +109,13 @@ class Incremental(Protocol):
     def crop(self, state: Any, lengths: Tensor) -> Any:
         """Rows cut back to `lengths` tokens."""
         ...
+
+
+def start_incremental(form: Incremental, contexts: Tensor, step: Step | None) -> Any:
+    """`form.start`, with the `step` after the context where its signature asks for one."""
+    if "step" in inspect.signature(form.start).parameters:
+        return form.start(contexts, step)
+    return form.start(contexts)
 
 
 @dataclass(frozen=True, eq=False)

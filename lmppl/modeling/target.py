@@ -6,7 +6,7 @@ A target belongs to one run: counter and score cache are the run's own, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,8 @@ class Target:
     ----------
     cost : Cost
         What this run has spent so far.
+    watcher : callable, optional
+        Told about the progress of the present shard: see `report`.
     """
 
     def __init__(self, model: Model) -> None:
@@ -98,6 +100,7 @@ class Target:
         self.factors = model.factors
         self.form = TargetForm.of(model)
         self.cost = Cost()
+        self.watcher: Callable[[float, Mapping[str, str]], None] | None = None
         self._known = {name: _Values() for name in model.features}
         self._shapes: dict[str, torch.Size] = {}  # of one value, from the first batch on
 
@@ -105,6 +108,11 @@ class Target:
     def contexts(self) -> tuple[str, ...]:
         """The C contexts."""
         return self.prior.prompts
+
+    def report(self, share: float, figures: Mapping[str, str]) -> None:
+        """Tell whoever watches this run how much of the present shard is done, in [0, 1], and what to show."""
+        if self.watcher is not None:
+            self.watcher(share, figures)
 
     def log_prior(self, sequences: Sequences) -> Tensor:
         """(N,) log π0(x|c), in nats."""

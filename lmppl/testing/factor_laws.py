@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmppl.errors import FactorError, ShapeError
 from lmppl.lm.base import LanguageModel, Step
-from lmppl.modeling.factors import Factor, Incremental
+from lmppl.modeling.factors import Factor, Incremental, start_incremental
 from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
 from lmppl.sequences import Sequences
 from lmppl.testing.reports import CheckFailed, Report
@@ -175,11 +175,11 @@ def _walk(
     report: Report, form: Incremental, rows: Sequences, length: int, lm: LanguageModel | None, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Read rows of one length token by token: (B,) potential(start) + Σ weigh, and potential(final)."""
-    state = form.start(rows.context)
-    potential = form.potential(state).double()
-    total = potential.clone()
     decoder = None if lm is None else lm.decoder()
     step, cache = (None, None) if decoder is None else decoder.prefill(rows.context)
+    state = start_incremental(form, rows.context, step)
+    potential = form.potential(state).double()
+    total = potential.clone()
     for t in range(length):
         tokens = rows.ids[:, t]
         if decoder is not None:
