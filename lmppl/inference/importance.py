@@ -24,7 +24,14 @@ from lmppl.diagnostics.weights import (
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, shard_generator
-from lmppl.inference.proposals import as_proposal, check_bounds, propose
+from lmppl.inference.proposals import (
+    as_proposal,
+    check_bounds,
+    check_outcomes,
+    densities,
+    evaluate_inside,
+    propose,
+)
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.target import Target, log_evidence
@@ -132,8 +139,8 @@ class Importance(Engine):
             draws = target.evaluate(draws)
             log_w = log_evidence(draws)
         else:
-            draws = _evaluate_inside(target, self._proposed(target, lm, shard, generator))
-            log_prior, log_q = _densities(draws)
+            draws = evaluate_inside(target, self._proposed(target, lm, shard, generator))
+            log_prior, log_q = densities(draws)
             log_gamma = torch.where(log_prior > -math.inf, log_prior.double() + log_evidence(draws), -math.inf)
             log_w = importance_log_weights(log_gamma, log_q)
         check_bounds(draws, target.factors)
@@ -192,7 +199,7 @@ class Importance(Engine):
             drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost)
             # γ is a function of the ids: another vocabulary of equal size must not change what the factors read.
             drawn = replace(drawn, decoder=target.prior.decode)
-            _check_outcomes(drawn, target.prior)
+            check_outcomes(drawn, target.prior)
             parts.append(replace(drawn, log_prior=target.log_prior(drawn)))
         if from_prior > 0:
             drawn = propose(target.prior, shard, from_prior, generator=generator, cost=cost)
@@ -200,7 +207,7 @@ class Importance(Engine):
         draws = concatenate(parts, pad_id=target.prior.pad_id)
         if from_prior == 0:
             return draws
-        log_prior, log_q = _densities(draws)
+        log_prior, log_q = densities(draws)
         share = from_prior / count
         return replace(draws, log_q=log_prior.double() if share == 1.0 else log_mixture(log_prior, log_q, share))
 
@@ -219,46 +226,10 @@ class Importance(Engine):
         return {"log_bound": log_bound, "binary": binary, "coverage": coverage}
 
 
-def _densities(draws: Draws) -> tuple[Tensor, Tensor]:
-    """log π0 and log q of draws that carry both."""
-    if draws.log_prior is None or draws.log_q is None:
-        raise ModelError("importance: draws without log_prior or log_q have no weight")
-    return draws.log_prior, draws.log_q
-
-
-def _check_outcomes(draws: Draws, prior: LanguageModel) -> None:
-    """Refuse draws that end where the prior would not: another stop string makes q a law over other outcomes."""
-    whole = prior.is_outcome(draws)
-    if not bool(whole.all()):
-        row = int(torch.nonzero(~whole)[0, 0])
-        raise ModelError(
-            f"proposal: {draws.text[row]!r} is no outcome of the prior, which would end it elsewhere; give both the "
-            "same EOS ids and stop strings"
-        )
-
-
 def _truncates(lm: LanguageModel) -> bool:
     """Whether the LM says that it gives probability zero to tokens on purpose."""
     declared = [getattr(lm, name, None) for name in ("top_k", "top_p")]
     return bool(getattr(lm, "truncated", False)) or any(value is not None for value in declared)
-
-
-def _evaluate_inside(target: Target, draws: Draws) -> Draws:
-    """`draws` with features and log-factors, nan off the support of π0: γ = 0 there, whatever the factors would say."""
-    inside = _densities(draws)[0] > -math.inf
-    if bool(inside.all()):
-        return target.evaluate(draws)
-    part = target.evaluate(draws.select(inside))
-
-    def spread(column: Tensor) -> Tensor:
-        whole = column.new_full((len(draws), *column.shape[1:]), math.nan)
-        whole[inside] = column
-        return whole
-
-    return draws.with_columns(
-        features={name: spread(column) for name, column in part.features.items()},
-        log_factors={name: spread(column) for name, column in part.log_factors.items()},
-    )
 
 
 def _refuse_all_zero(prompts: Sequence[str], weights: Sequence[Tensor], log_bound: float) -> None:

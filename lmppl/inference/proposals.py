@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,13 @@ from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Shard
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import draw_rows
+from lmppl.lm.frontier import Frontier
+from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Factor
+from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, concatenate
 
-__all__ = ["as_proposal", "check_bounds", "propose"]
+__all__ = ["as_proposal", "check_bounds", "check_outcomes", "densities", "draw_from", "evaluate_inside", "propose"]
 
 ROUNDING = 1e-12  # relative; float64 rounding of a sum of log-factors
 
@@ -54,6 +59,23 @@ def propose(
     return concatenate([draw_rows(lm, r, generator=generator, cost=cost) for r in rows], pad_id=lm.pad_id)
 
 
+def draw_from(lm: LanguageModel, context: Tensor, source: Source, *, cost: Cost | None = None) -> Draws:
+    """One draw of `lm` for each entry of `context` (B,), with its log-probability, by choices of `source`."""
+    frontier = Frontier(lm, context, cost=cost)
+    log_q = torch.zeros(len(context), dtype=lm.dtype, device=lm.device)
+    while len(frontier.live):
+        live = frontier.live
+        tokens, token_log_q = source.tokens(frontier.logits())
+        log_q[live] += token_log_q
+        frontier.append(tokens)
+    if not bool(torch.isfinite(log_q).all()):
+        raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
+    rows, log_q = frontier.sequences(), log_q.cpu()
+    return Draws(
+        rows.ids, rows.lengths, rows.finished, rows.context, rows.prompts, rows.decoder, log_prior=log_q, log_q=log_q
+    )
+
+
 def check_bounds(draws: Draws, factors: tuple[Factor, ...], log_bound: float | None = None) -> None:
     """Refuse draws above a declared bound: sup log φ_k of each factor, or `log_bound` on Σ_k log φ_k.
 
@@ -71,6 +93,42 @@ def check_bounds(draws: Draws, factors: tuple[Factor, ...], log_bound: float | N
         slack = ROUNDING * max(1.0, abs(log_bound))
         what = f"factors {', '.join(repr(f.name) for f in factors)}: Σ log φ"
         _refuse(total > log_bound + slack, draws, total, what, f"the bound log_upper={log_bound:g}")
+
+
+def densities(draws: Draws) -> tuple[Tensor, Tensor]:
+    """log π0 and log q of draws that carry both."""
+    if draws.log_prior is None or draws.log_q is None:
+        raise ModelError("draws without log_prior or log_q have no weight")
+    return draws.log_prior, draws.log_q
+
+
+def check_outcomes(draws: Draws, prior: LanguageModel) -> None:
+    """Refuse draws that end where the prior would not: another stop string makes q a law over other outcomes."""
+    whole = prior.is_outcome(draws)
+    if not bool(whole.all()):
+        row = int(torch.nonzero(~whole)[0, 0])
+        raise ModelError(
+            f"proposal: {draws.text[row]!r} is no outcome of the prior, which would end it elsewhere; give both the "
+            "same EOS ids and stop strings"
+        )
+
+
+def evaluate_inside(target: Target, draws: Draws) -> Draws:
+    """`draws` with features and log-factors, nan off the support of π0: γ = 0 there, whatever the factors would say."""
+    inside = densities(draws)[0] > -math.inf
+    if bool(inside.all()):
+        return target.evaluate(draws)
+    part = target.evaluate(draws.select(inside))
+
+    def spread(column: Tensor) -> Tensor:
+        whole = column.new_full((len(draws), *column.shape[1:]), math.nan)
+        whole[inside] = column
+        return whole
+
+    return draws.with_columns(
+        features={name: spread(column) for name, column in part.features.items()},
+        log_factors={name: spread(column) for name, column in part.log_factors.items()},
+    )
 
 
 def _refuse(above: Tensor, draws: Draws, value: Tensor, what: str, bound: str) -> None:
