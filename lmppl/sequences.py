@@ -375,6 +375,11 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
+    def add(self, other: Cost) -> None:
+        """Count what was spent elsewhere."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
     def copy(self) -> Cost:
         """A snapshot, for later subtraction."""
         return replace(self)

@@ -125,6 +125,10 @@ def infer(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Save the draws: .jsonl, .safetensors or .parquet."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep finished shards there; the same command goes on where it was stopped."),
+    ] = None,
     as_json: AsJson = False,
     progress: Progress = None,
 ) -> None:
@@ -140,7 +144,9 @@ def infer(
         chosen = None if engine is None else parse_engine(engine)
         loaded = load_spec(spec)
         budget = _budget(budget_tokens, budget_seconds)
-        result = run(loaded.model, chosen, num_draws, budget=budget, seed=seed, progress=progress)
+        result = run(
+            loaded.model, chosen, num_draws, budget=budget, seed=seed, progress=progress, checkpoint=checkpoint
+        )
         if out is not None:
             result.draws.save(out)
         if as_json:

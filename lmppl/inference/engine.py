@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import torch
@@ -27,6 +28,7 @@ from lmppl.sequences import Cost, Draws
 
 if TYPE_CHECKING:
     from lmppl.inference.approximation import Approximation
+    from lmppl.inference.checkpoint import Checkpoint
     from lmppl.lm.base import LanguageModel
 
 __all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer", "shard_generator", "stream"]
@@ -149,8 +151,8 @@ def shard_generator(shard: Shard) -> torch.Generator:
 class Engine(ABC):
     """Base of every engine: configuration only; validated when planned.
 
-    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` (or `simulate`) and `merge`; the
-    default plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
+    A new engine subclasses this as a frozen dataclass and gives `name`, `guarantee`, `run_shard` (or `simulate`) and
+    `merge`; the default plan cuts `num_draws` into equal shards, and goes on shard by shard while a budget lasts.
     """
 
     name: ClassVar[str]
@@ -265,6 +267,7 @@ def infer(
     seed: int = 0,
     progress: bool | None = None,
     on_part: Callable[[Part], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Approximation:
     """Run an engine on a declaration.
 
@@ -285,6 +288,9 @@ def infer(
         Show a progress bar on stderr; by default where stderr is a terminal.
     on_part : callable, optional
         Called with each finished part, for logging.
+    checkpoint : str or Path, optional
+        A folder that keeps the finished shards. A run that was stopped (Ctrl-C, a budget, a crash) goes on from there
+        when it is asked for again, and gives the draws that it would have given unstopped, to the bit.
 
     Returns
     -------
@@ -300,15 +306,18 @@ def infer(
         Where nothing with γ > 0 was found.
     InterruptedRun
         Where the run was stopped before its first shard was whole.
+    StorageError
+        Where the checkpoint is of another run, or cannot be written.
     """
     from lmppl.inference.progress import progress_bar
 
-    run = _Run.of(model, engine, Request(num_draws, budget, seed))
+    run = _Run.of(model, engine, Request(num_draws, budget, seed), checkpoint)
     interrupted = False
     with progress_bar(run.engine, run.request, progress) as bar:
+        run.target.watcher = lambda share, figures: bar.within(run.shard, share, figures, run.target.cost)
         try:
             for part in run.parts():
-                bar(run.done)
+                bar.parts(run.done)
                 if on_part is not None:
                     on_part(part)
         except KeyboardInterrupt:
@@ -382,14 +391,22 @@ def stream(
 class _Run:
     """One engine at work on one target: the parts so far, and whether the request was met."""
 
-    def __init__(self, engine: Engine, target: Target, request: Request) -> None:
-        self.engine, self.target, self.request = engine, target, request
+    def __init__(self, engine: Engine, target: Target, request: Request, checkpoint: Checkpoint | None = None) -> None:
+        self.engine, self.target, self.request, self.checkpoint = engine, target, request, checkpoint
         self.done: list[Part] = []
+        self.shard: Shard | None = None  # at work
         self.complete = False
 
     @classmethod
-    def of(cls, model: Model | LanguageModel, engine: Engine | str | None, request: Request) -> _Run:
+    def of(
+        cls,
+        model: Model | LanguageModel,
+        engine: Engine | str | None,
+        request: Request,
+        checkpoint: str | Path | None = None,
+    ) -> _Run:
         """Compile the declaration and choose the engine; refuse what it cannot do."""
+        from lmppl.inference.checkpoint import Checkpoint
         from lmppl.inference.resolve import resolve_engine
 
         request.check()
@@ -399,7 +416,8 @@ class _Run:
         reason = chosen.unsupported_reason(target.form)
         if reason is not None:
             raise UnsupportedModel(reason)
-        return cls(chosen, target, request)
+        kept = None if checkpoint is None else Checkpoint(checkpoint, chosen, target, request.seed)
+        return cls(chosen, target, request, kept)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -422,13 +440,7 @@ class _Run:
         spent = Cost()
         while shards:
             for position, shard in enumerate(shards):
-                before, start = target.cost.copy(), time.perf_counter()
-                state = self.done[-1].info["state"] if engine.sequential and self.done else None
-                part = engine.run_shard(target, shard, state=state)
-                if not isinstance(part, Part):
-                    raise ModelError(f"{engine.name}: run_shard returned {type(part).__name__}, expected a Part")
-                target.cost.seconds += time.perf_counter() - start
-                part = replace(part, cost=target.cost - before)
+                part = self._stored(shard) or self._computed(shard)
                 self.done.append(part)
                 spent = spent + part.cost
                 yield part
@@ -439,6 +451,27 @@ class _Run:
                     return
             shards = engine.replan(target, request, self.done)
         self.complete = True
+
+    def _computed(self, shard: Shard) -> Part:
+        engine, target = self.engine, self.target
+        self.shard = shard
+        before, start = target.cost.copy(), time.perf_counter()
+        state = self.done[-1].info["state"] if engine.sequential and self.done else None
+        part = engine.run_shard(target, shard, state=state)
+        if not isinstance(part, Part):
+            raise ModelError(f"{engine.name}: run_shard returned {type(part).__name__}, expected a Part")
+        target.cost.seconds += time.perf_counter() - start
+        part = replace(part, cost=target.cost - before)
+        if self.checkpoint is not None:
+            self.checkpoint.save(part)
+        return part
+
+    def _stored(self, shard: Shard) -> Part | None:
+        """The part of a shard that an earlier run has finished; its cost counts here too."""
+        part = None if self.checkpoint is None else self.checkpoint.load(shard)
+        if part is not None:
+            self.target.cost.add(part.cost)
+        return part
 
 
 def _finish(run: _Run) -> Approximation:

@@ -4,24 +4,74 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lmppl.sequences import Cost
 
 if TYPE_CHECKING:
-    from lmppl.inference.engine import Engine, Part, Request
+    from rich.progress import Progress
 
-__all__ = ["finished_share", "progress_bar"]
+    from lmppl.inference.engine import Engine, Part, Request, Shard
+
+__all__ = ["Bar", "finished_share", "progress_bar"]
 
 STEPS = 1000  # resolution of the bar
+REFRESH = 0.1  # seconds between two looks into one shard
+
+
+class Bar:
+    """Where the progress of a run is shown; this one shows nothing."""
+
+    def parts(self, parts: Sequence[Part]) -> None:
+        """All parts that are finished so far, after each shard."""
+
+    def within(self, shard: Shard | None, share: float, figures: Mapping[str, str], cost: Cost) -> None:
+        """How much of the present shard is done, and what the engine shows; `cost` is the run's so far."""
+
+
+class RichBar(Bar):
+    """A bar on stderr.
+
+    Parameters
+    ----------
+    engine, request
+        The run.
+    bar : rich.progress.Progress
+        Where the one task is shown.
+    """
+
+    def __init__(self, engine: Engine, request: Request, bar: Progress) -> None:
+        self.engine, self.request, self.bar = engine, request, bar
+        self.start = self.shown = time.perf_counter()
+        self.done: Sequence[Part] = ()
+        self.task = bar.add_task(str(engine).replace("[", r"\["), total=None, figures="")
+
+    def parts(self, parts: Sequence[Part]) -> None:
+        self.done = list(parts)
+        figures = {**self.engine.live(parts), "draws/s": _rate(parts, time.perf_counter() - self.start)}
+        self._show(finished_share(self.engine, self.request, parts), figures)
+
+    def within(self, shard: Shard | None, share: float, figures: Mapping[str, str], cost: Cost) -> None:
+        now = time.perf_counter()
+        if now - self.shown < REFRESH:
+            return
+        self.shown = now
+        tokens = f"{cost.lm_tokens / max(now - self.start, 1e-9):,.0f}"
+        before = finished_share(self.engine, self.request, self.done) or 0.0
+        wanted = self.engine.wanted(self.request)
+        part = 0.0 if wanted is None or shard is None else share * min(1.0, shard.num_draws / wanted)
+        self._show(min(1.0, before + part), {**figures, "tokens/s": tokens})
+
+    def _show(self, share: float | None, figures: Mapping[str, str]) -> None:
+        shown = " · ".join(f"{name} {value}" for name, value in figures.items())
+        total = None if share is None else STEPS
+        self.bar.update(self.task, total=total, completed=STEPS * (share or 0.0), figures=shown)
 
 
 @contextmanager
-def progress_bar(
-    engine: Engine, request: Request, show: bool | None = None
-) -> Iterator[Callable[[Sequence[Part]], None]]:
+def progress_bar(engine: Engine, request: Request, show: bool | None = None) -> Iterator[Bar]:
     """A bar on stderr for one run of `engine`; it disappears when the run ends.
 
     Parameters
@@ -35,11 +85,11 @@ def progress_bar(
 
     Yields
     ------
-    callable
-        To be called with all parts finished so far, after each shard.
+    Bar
+        To be told after each shard, and within one.
     """
     if not (sys.stderr.isatty() if show is None else show):
-        yield lambda parts: None
+        yield Bar()
         return
 
     from rich.console import Console
@@ -52,20 +102,10 @@ def progress_bar(
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[figures]}[/dim]"),
     )
-    start = time.perf_counter()
     console = Console(stderr=True)
     shared = sys.stdout is sys.stderr  # the command line sends what user functions print there: above the bar, then
     with Progress(*columns, console=console, transient=True, redirect_stdout=shared, refresh_per_second=4) as bar:
-        task = bar.add_task(str(engine).replace("[", r"\["), total=None, figures="")
-
-        def update(parts: Sequence[Part]) -> None:
-            share = finished_share(engine, request, parts)
-            figures = {**engine.live(parts), "draws/s": _rate(parts, time.perf_counter() - start)}
-            shown = " · ".join(f"{name} {value}" for name, value in figures.items())
-            total = None if share is None else STEPS
-            bar.update(task, total=total, completed=STEPS * (share or 0.0), figures=shown)
-
-        yield update
+        yield RichBar(engine, request, bar)
 
 
 def finished_share(engine: Engine, request: Request, parts: Sequence[Part]) -> float | None:

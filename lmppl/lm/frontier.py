@@ -73,7 +73,8 @@ class Frontier:
         """(L,) the row of `step` that each live row has."""
         if self._unread:
             self._read()
-        return self._row_of[self.live]
+        rows: Tensor = self._row_of[self.live]
+        return rows
 
     def logits(self) -> Tensor:
         """(L, V) unnormalised log-probabilities of the next token of each live row."""
@@ -83,7 +84,8 @@ class Frontier:
 
     def hidden(self) -> Tensor:
         """(L, H) hidden states that the next token is predicted from, of the live rows."""
-        return self.step.hidden[:, -1][self.row_of]
+        states: Tensor = self.step.hidden[:, -1][self.row_of]
+        return states
 
     def append(self, tokens: Tensor) -> Tensor:
         """Give each live row its next token; (L,) bool says which rows have ended with it, and are live no more."""

@@ -6,5 +6,16 @@ There is no pickle. Texts are stored as they were decoded, so that loading needs
 from lmppl.storage.files import atomic_write, versions
 from lmppl.storage.formats import load_draws, save_draws
 from lmppl.storage.frames import to_arrow, to_dataset, to_pandas
+from lmppl.storage.plain import pack, unpack
 
-__all__ = ["atomic_write", "load_draws", "save_draws", "to_arrow", "to_dataset", "to_pandas", "versions"]
+__all__ = [
+    "atomic_write",
+    "load_draws",
+    "pack",
+    "save_draws",
+    "to_arrow",
+    "to_dataset",
+    "to_pandas",
+    "unpack",
+    "versions",
+]

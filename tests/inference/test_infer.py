@@ -164,7 +164,8 @@ def test_the_bar_can_be_asked_for_or_forbidden(capsys: pytest.CaptureFixture[str
     part = Importance().run_shard(target := Target(model()), Importance().plan(target, Request(10, None, 0))[0])
     for show in (True, False):
         with progress_bar(Importance(), Request(10, None, 0), show) as bar:
-            bar([part])
+            bar.within(part.shard, 0.5, {"ESS": "7.0"}, Cost(lm_tokens=10))
+            bar.parts([part])
     assert capsys.readouterr().out == ""
 
 

@@ -1,0 +1,204 @@
+"""Checkpoint: the finished parts of one run in a folder, so that a run that was stopped can go on.
+
+A part is written whole or not at all. A run that goes on reads the parts that are there and computes the others, each
+from its own seed (or from the state that the part before left), so that its draws are bit-identical to those of a run
+that was never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError, StorageError
+from lmppl.inference.engine import Engine, Part, Shard
+from lmppl.modeling.target import Target
+from lmppl.sequences import Cost, Draws, Sequences
+from lmppl.storage import atomic_write, pack, unpack, versions
+
+__all__ = ["Checkpoint", "engine_identity"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = "lmppl.checkpoint/1"
+MANIFEST = "run.json"
+SEQUENCES = ("ids", "lengths", "finished", "context")
+
+
+class Checkpoint:
+    """The parts of one run on disk.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made where it does not exist. It belongs to one run: one declaration, one engine with its configuration, one
+        seed, one set of versions.
+    engine, target, seed
+        The run.
+
+    Raises
+    ------
+    StorageError
+        Where the folder holds another run, or its `run.json` is damaged: nothing there is touched.
+    """
+
+    def __init__(self, folder: str | Path, engine: Engine, target: Target, seed: int) -> None:
+        self.folder = Path(folder)
+        self.prior = target.prior
+        self.identity = {
+            "format": FORMAT,
+            "spec_hash": target.model.spec_hash,
+            "formula": target.model.formula,
+            "engine": engine_identity(engine),
+            "seed": seed,
+            "versions": versions(),
+        }
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StorageError(f"checkpoint {self.folder}: it exists and is no folder; give another path")
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            _require_same(self.folder, _read_manifest(manifest), self.identity)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"checkpoint {self.folder}: cannot be made: {error.strerror or error}") from error
+        if any(self.folder.iterdir()):
+            raise StorageError(f"checkpoint {self.folder}: the folder is not empty and holds no run; give another path")
+        atomic_write(manifest, lambda path: path.write_text(json.dumps(self.identity, indent=2), encoding="utf-8"))
+
+    def path(self, shard: Shard) -> Path:
+        """Where the part of a shard lies."""
+        return self.folder / f"part-{shard.id:06d}.safetensors"
+
+    def save(self, part: Part) -> None:
+        """Write a part, whole or not at all.
+
+        Raises
+        ------
+        StorageError
+            Where it cannot be written; parts written before stay.
+        """
+        tensors: dict[str, Tensor] = {}
+        draws = part.draws
+        content = {
+            "shard": pack(dataclasses.asdict(part.shard), tensors, "shard"),
+            "cost": pack(dict(part.cost.as_dict()), tensors, "cost"),
+            "info": pack(dict(part.info), tensors, "info"),
+            "draws": pack({name: getattr(draws, name) for name in _columns()}, tensors, "draws"),
+            "digest": _digest(tensors),
+        }
+        stored = safetensors.torch.save(tensors, {"format": FORMAT, "content": json.dumps(content)})
+        atomic_write(self.path(part.shard), lambda path: path.write_bytes(stored))
+
+    def load(self, shard: Shard) -> Part | None:
+        """The part of this very shard; None where there is none.
+
+        A file that is damaged, or of a shard that was planned otherwise, is refused with a warning: the part is
+        computed again, which gives the same draws.
+        """
+        path = self.path(shard)
+        if not path.is_file():
+            return None
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            content = json.loads(metadata["content"])
+            if content["digest"] != _digest(tensors):
+                raise ValueError("its digest is not that of its content")
+            if unpack(content["shard"], tensors) != dataclasses.asdict(shard):
+                log.warning("checkpoint %s is of a shard that was planned otherwise; it is computed again", path)
+                return None
+            return Part(
+                shard,
+                self._draws(unpack(content["draws"], tensors)),
+                Cost(**unpack(content["cost"], tensors)),
+                unpack(content["info"], tensors),
+            )
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            log.warning("checkpoint %s is damaged (%s) and not used; the part is computed again", path, error)
+            return None
+
+    def _draws(self, columns: dict[str, Any]) -> Draws:
+        return Draws(**columns, prompts=self.prior.prompts, decoder=self.prior.decode)
+
+
+def engine_identity(engine: Any) -> Any:
+    """An engine (or another configuration) as plain data: equal exactly where it would compute the same.
+
+    Fields that are language models or twists count by their `fingerprint`, tensors and draws by their content.
+
+    Raises
+    ------
+    ModelError
+        Naming a field that has no content hash: a run with it cannot be recognised again.
+    """
+    if engine is None or isinstance(engine, bool | int | float | str):
+        return engine
+    if isinstance(engine, Tensor):
+        return f"tensor {_digest({'': engine.detach().cpu().contiguous()})[:16]}"
+    if isinstance(engine, Sequences):
+        columns = {name: getattr(engine, name).cpu().contiguous() for name in SEQUENCES}
+        return f"sequences {_digest(columns)[:16]}"
+    fingerprint = getattr(engine, "fingerprint", None)
+    if isinstance(fingerprint, str):
+        return f"{type(engine).__name__} {fingerprint}"
+    if isinstance(engine, Mapping):
+        return {str(key): engine_identity(value) for key, value in engine.items()}
+    if isinstance(engine, list | tuple):
+        return [engine_identity(value) for value in engine]
+    law = getattr(engine, "law", None)  # an exact table stands for its law
+    if law is not None:
+        return engine_identity(law)
+    if dataclasses.is_dataclass(engine) and not isinstance(engine, type) and not hasattr(engine, "draws"):
+        fields = {f.name: engine_identity(getattr(engine, f.name)) for f in dataclasses.fields(engine) if f.init}
+        return {"type": f"{type(engine).__module__}.{type(engine).__qualname__}", **fields}
+    raise ModelError(
+        f"checkpoint: {type(engine).__name__} has no fingerprint, so that a run with it cannot be recognised again; "
+        "give it a `fingerprint` (a string that changes with its content), or run without a checkpoint"
+    )
+
+
+def _columns() -> tuple[str, ...]:
+    return (*SEQUENCES, "log_weight", "log_prior", "log_q", "features", "log_factors", "columns")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"checkpoint {path}: damaged ({error}); nothing there was touched: restore the file, or give another folder"
+        ) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise StorageError(f"checkpoint {path}: expected format {FORMAT}; give another folder")
+    return data
+
+
+def _require_same(folder: Path, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        if got.get(name) != value:
+            raise StorageError(
+                f"checkpoint {folder} belongs to another run: its {name} is {got.get(name)!r}, expected {value!r}; "
+                "give another folder, or delete this one to start again"
+            )

@@ -1,0 +1,210 @@
+"""Checkpoints: a run that was stopped goes on to the same draws, bit for bit; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmppl.errors import ModelError, StorageError
+from lmppl.inference import BestOfN, Budget, Engine, Importance, Part, Rejection, infer
+from lmppl.inference.checkpoint import engine_identity
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.reward import Reward
+from lmppl.modeling.model import Model
+from lmppl.storage import pack, unpack
+from tests.models import enumerable_lm, wavy
+
+PROJECT = Path(__file__).resolve().parents[2]
+ENGINES = [Importance(), Rejection(batch=512), BestOfN(4), Importance(proposal=enumerable_lm("tabular", seed=1))]
+DRAWS = 2500
+
+
+def model() -> Model:
+    return enumerable_lm("tabular") * Reward(wavy, beta=0.5, upper=1.0)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two runs have equal draws, weights and estimates, to the bit."""
+    left, right = a.draws, b.draws
+    columns = [(left.log_weight, right.log_weight), (left.log_prior, right.log_prior)]
+    columns += [(left.log_factors[name], right.log_factors[name]) for name in left.log_factors]
+    columns += [(e.value, f.value) for e, f in zip(a.log_normalizer, b.log_normalizer, strict=True)]
+    return (
+        torch.equal(left.ids, right.ids)
+        and left.text == right.text
+        and all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
+    )
+
+
+class Stop(Exception):
+    """In place of a crash."""
+
+
+def crash_after(count: int):
+    seen: list[Part] = []
+
+    def on_part(part: Part) -> None:
+        seen.append(part)
+        if len(seen) == count:
+            raise Stop
+
+    return on_part
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_run_that_crashed_goes_on_to_the_same_draws(engine: Engine, tmp_path: Path) -> None:
+    whole = infer(model(), engine, DRAWS, seed=5)
+    with pytest.raises(Stop):
+        infer(model(), engine, DRAWS, seed=5, checkpoint=tmp_path / "run", on_part=crash_after(2))
+    parts = sorted((tmp_path / "run").glob("part-*"))
+    assert len(parts) == 2
+    times = [path.stat().st_mtime_ns for path in parts]
+    resumed = infer(model(), engine, DRAWS, seed=5, checkpoint=tmp_path / "run")
+    assert [path.stat().st_mtime_ns for path in parts] == times
+    assert same(resumed, whole)
+    assert resumed.cost.lm_tokens == whole.cost.lm_tokens
+    assert resumed.status == "complete"
+
+
+def test_a_finished_run_is_read_and_not_computed(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counted(texts: list[str]) -> list[float]:
+        calls.append(len(texts))
+        return wavy(texts)
+
+    declared = enumerable_lm("tabular") * Reward(counted, beta=0.5)
+    first = infer(declared, Importance(), 500, checkpoint=tmp_path)
+    assert calls
+    calls.clear()
+    again = infer(declared, Importance(), 500, checkpoint=tmp_path)
+    assert not calls
+    assert same(first, again)
+
+
+def test_a_budget_can_be_raised(tmp_path: Path) -> None:
+    infer(model(), Importance(), budget=Budget(lm_tokens=10), seed=1, checkpoint=tmp_path)
+    assert len(list(tmp_path.glob("part-*"))) == 1
+    longer = infer(model(), Importance(), budget=Budget(lm_tokens=10_000), seed=1, checkpoint=tmp_path)
+    assert same(longer, infer(model(), Importance(), budget=Budget(lm_tokens=10_000), seed=1))
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (lambda folder: infer(model(), Importance(), 100, seed=2, checkpoint=folder), "its seed is 1"),
+        (lambda folder: infer(model(), Importance(proposal=enumerable_lm("tabular", seed=2)), 100, seed=1,
+                              checkpoint=folder), "its engine is"),
+        (lambda folder: infer(model(), BestOfN(4), 100, seed=1, checkpoint=folder), "its engine is"),
+        (lambda folder: infer(enumerable_lm("tabular") * Reward(wavy, beta=0.6), Importance(), 100, seed=1,
+                              checkpoint=folder), "its spec_hash is"),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_and_the_folder_kept(other, what: str, tmp_path: Path) -> None:
+    infer(model(), Importance(), 100, seed=1, checkpoint=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(StorageError, match="belongs to another run") as refusal:
+        other(tmp_path)
+    assert what in str(refusal.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_part_is_refused_and_the_others_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = infer(model(), Importance(), DRAWS, checkpoint=tmp_path)
+    first, second, *_ = sorted(tmp_path.glob("part-*"))
+    content = bytearray(second.read_bytes())
+    content[-3] ^= 1  # one bit of one number
+    second.write_bytes(content)
+    kept = first.stat().st_mtime_ns
+    with caplog.at_level(logging.WARNING):
+        again = infer(model(), Importance(), DRAWS, checkpoint=tmp_path)
+    assert f"{second.name} is damaged" in caplog.text
+    assert first.stat().st_mtime_ns == kept
+    assert same(again, whole)
+    second.write_bytes(second.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        assert same(infer(model(), Importance(), DRAWS, checkpoint=tmp_path), whole)
+
+
+def test_a_damaged_manifest_and_a_strange_folder_are_refused(tmp_path: Path) -> None:
+    infer(model(), Importance(), 100, checkpoint=tmp_path / "run")
+    manifest = tmp_path / "run" / "run.json"
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(StorageError, match=r"run\.json: damaged"):
+        infer(model(), Importance(), 100, checkpoint=tmp_path / "run")
+    assert list((tmp_path / "run").glob("part-*"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(StorageError, match="not empty and holds no run"):
+        infer(model(), Importance(), 100, checkpoint=tmp_path / "notes")
+    with pytest.raises(StorageError, match="no folder"):
+        infer(model(), Importance(), 100, checkpoint=tmp_path / "notes" / "mine.txt")
+
+
+def test_a_configuration_without_a_fingerprint_cannot_be_recognised() -> None:
+    assert engine_identity(Importance()) == engine_identity(Importance())
+    assert engine_identity(Importance()) != engine_identity(Importance(7))
+    assert engine_identity(torch.ones(2)) != engine_identity(torch.zeros(2))
+    with pytest.raises(ModelError, match="object has no fingerprint"):
+        engine_identity({"twist": object()})
+
+
+def test_plain_data_comes_back_as_it_was() -> None:
+    value = {"a": (1, 2.5, float("inf")), "b": [None, True, {"c": torch.arange(3)}], 4: "x", "e": {}, "f": ()}
+    tensors: dict[str, torch.Tensor] = {}
+    data = json.loads(json.dumps(pack(value, tensors)))
+    again = unpack(data, tensors)
+    assert torch.equal(again["b"][2].pop("c"), value["b"][2].pop("c"))
+    assert again == value
+    with pytest.raises(StorageError, match="a/0: got object"):
+        pack({"a": [object()]}, {})
+
+
+SLOW = """
+import time
+from lmppl import Reward, TabularLM
+
+def slow(sequences):
+    time.sleep(0.05)
+    return [0.0] * len(sequences)
+
+model = TabularLM.random(3, 4, seed=0) * Reward(slow, on="ids", beta=2.0)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL to a process")
+def test_kill_9_in_mid_run_and_resumption(tmp_path: Path) -> None:
+    (tmp_path / "spec.py").write_text(SLOW)
+    run = [sys.executable, "-m", "lmppl", "infer", "spec.py", "-e", "importance", "-n", "40000", "--seed", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    kept = tmp_path / "kept"
+    process = subprocess.Popen(
+        [*run, "--checkpoint", "kept"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while len(list(kept.glob("part-*"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    finished = len(list(kept.glob("part-*")))
+    assert 3 <= finished < 40
+    for target, more in (("a.safetensors", ["--checkpoint", "kept"]), ("b.safetensors", [])):
+        subprocess.run([*run, *more, "-o", target], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    stored = [(tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors")]
+    assert stored[0] == stored[1]
+
+
+def test_priors_without_their_own_content_hash_are_not_confused(tmp_path: Path) -> None:
+    infer(TabularLM.random(3, 3, seed=0) * Reward(wavy), Importance(), 50, checkpoint=tmp_path)
+    with pytest.raises(StorageError, match="spec_hash"):
+        infer(TabularLM.random(3, 3, seed=1) * Reward(wavy), Importance(), 50, checkpoint=tmp_path)
