@@ -1,5 +1,16 @@
 """How well: plain tensors in, figures with errors out; each says what it detects and to what it is blind."""
 
+from lmppl.diagnostics.chains import (
+    ChainFigure,
+    autocorrelation_time,
+    bulk_ess,
+    mcse,
+    nested_rhat,
+    nested_rhat_floor,
+    rhat,
+    stuck_chains,
+    tail_ess,
+)
 from lmppl.diagnostics.divergences import (
     elbo,
     eubo,
@@ -22,8 +33,11 @@ from lmppl.diagnostics.weights import (
 )
 
 __all__ = [
+    "ChainFigure",
     "TailShape",
+    "autocorrelation_time",
     "binomial_upper",
+    "bulk_ess",
     "clopper_pearson",
     "effective_sample_size",
     "elbo",
@@ -35,11 +49,17 @@ __all__ = [
     "log_mean_weight",
     "log_mean_weight_bounded",
     "max_weight_share",
+    "mcse",
+    "nested_rhat",
+    "nested_rhat_floor",
     "normalised_log_weights",
     "pareto_khat",
     "pareto_smooth",
+    "rhat",
     "self_normalised_kl",
     "stack",
+    "stuck_chains",
+    "tail_ess",
     "total_variation",
     "total_variation_from_weights",
     "zero_weight_share",
