@@ -84,7 +84,7 @@ class Approximation:
             rows = self.draws.context == c
             w, f = weights[rows], values[rows]
             means.append(torch.where(w > 0, w * f, 0.0).sum())
-            errors.append(torch.where(w > 0, w * (f - means[-1]), 0.0).square().sum().sqrt())
+            errors.append(self._error(torch.where(w > 0, w * (f - means[-1]), 0.0), rows))
         value, error = torch.stack(means), torch.stack(errors)
         if isinstance(self, ExactTable) and self.enumerated:
             return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
@@ -94,6 +94,8 @@ class Approximation:
             notes.append("an expectation under the engine's own law, not under π*")
         if bool((error == 0).any()):
             notes.append("all draws of some context agree, so that they state no error: no interval there")
+        if bool(error.isnan().any()):
+            notes.append("one sweep states no error: run two or more")
         return Estimate(
             value,
             torch.stack([value - half, value + half], -1),
@@ -110,6 +112,10 @@ class Approximation:
             f"{type(self).__name__} has draws but no log-probability, so it is no language model; use Exact where it "
             "can run, or train a policy"
         )
+
+    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+        """The standard error of a weighted mean of one context from w̄ (f − f̂) (n,) of its draws, `rows` (N,) bool."""
+        return influence.square().sum().sqrt()
 
     def _column(self, fn: str | Callable[..., Any] | Feature) -> Tensor:
         if isinstance(fn, str):
@@ -130,7 +136,22 @@ class Approximation:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Particles(Approximation):
-    """Weighted draws: importance sampling, SMC."""
+    """Weighted draws: importance sampling, SMC.
+
+    Draws with a column `sweep` depend on each other within a sweep, and only the sweeps are independent: the error of
+    an expectation is then √(S/(S−1) Σ_s u_s²), u_s the sum of w̄ (f − f̂) over sweep s of S, and nan for a single one.
+    """
+
+    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+        sweep = self.draws.columns.get("sweep")
+        if sweep is None:
+            return super()._error(influence, rows)
+        labels, of = torch.unique(sweep[rows].to(influence.device), return_inverse=True)
+        count = len(labels)
+        if count < 2:
+            return influence.new_tensor(torch.nan)
+        sums = influence.new_zeros(count).index_add_(0, of, influence)
+        return (sums.square().sum() * count / (count - 1)).sqrt()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

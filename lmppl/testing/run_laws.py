@@ -70,11 +70,16 @@ def check_repeats(
     parts: Sequence[Part],
     num_draws: int,
 ) -> None:
-    """The seed repeats the run, and shards are computed from their seed alone: in another order, on a fresh target."""
+    """The seed repeats the run, and shards are computed from their seed alone, in any order, on a fresh target.
+
+    Shards of a sequential engine depend on the state that the one before left as well, and on nothing else.
+    """
     again = infer(reference.model, engine, num_draws, seed=run.seed, progress=False)
     report.require(same_draws(run.draws, again.draws), "equal seeds give equal draws", "other draws", "the same")
-    target = Target(reference.model)
-    shards = [engine.run_shard(target, part.shard) for part in reversed(parts)]
+    shards = []
+    for number, part in reversed(list(enumerate(parts))):
+        state = parts[number - 1].info["state"] if engine.sequential and number else None
+        shards.append(engine.run_shard(Target(reference.model), part.shard, state=state))
     merged = engine.merge(sorted(shards, key=lambda part: part.shard.id))
     law = "shards depend on seed and id alone"
     report.require(same_draws(run.draws, merged.draws), law, "other draws when run in reverse", "the same")

@@ -1,0 +1,56 @@
+"""Expectations of draws that depend on each other: sweeps are the independent units."""
+
+from dataclasses import replace
+
+import torch
+
+from lmppl.inference import Guarantee, Importance, Particles, infer
+from lmppl.modeling.evidence.reward import Reward
+from lmppl.modeling.factors import Feature
+from tests.models import enumerable_lm, wavy
+
+LENGTH = Feature("length", lambda rows: rows.lengths.double(), on="ids")
+
+
+def particles(num_draws: int = 4000):
+    return infer(enumerable_lm("tabular") * Reward(wavy, beta=0.5), Importance(), num_draws, seed=2)
+
+
+def in_sweeps(result, sweep: torch.Tensor):
+    return replace(result, draws=result.draws.with_columns(columns={"sweep": sweep}))
+
+
+def test_each_draw_a_sweep_of_its_own_is_the_ordinary_error():
+    result = particles()
+    alone = in_sweeps(result, torch.arange(len(result.draws)))
+    usual, clustered = result.expectation(LENGTH), alone.expectation(LENGTH)
+    assert torch.equal(usual.value, clustered.value)
+    assert torch.allclose(usual.standard_error, clustered.standard_error, rtol=1e-3)
+
+
+def test_repeated_draws_do_not_make_the_error_smaller():
+    result = particles(500)
+    rows = torch.arange(len(result.draws)).repeat_interleave(8)
+    eightfold = replace(result, draws=result.draws.select(rows))
+    alone = in_sweeps(result, torch.arange(len(result.draws)))
+    together = in_sweeps(eightfold, rows)
+    naive, honest = eightfold.expectation(LENGTH), together.expectation(LENGTH)
+    assert torch.allclose(honest.standard_error, alone.expectation(LENGTH).standard_error)
+    assert torch.allclose(naive.standard_error * 8**0.5, result.expectation(LENGTH).standard_error)
+
+
+def test_one_sweep_states_no_error():
+    result = particles(100)
+    estimate = in_sweeps(result, torch.zeros(len(result.draws), dtype=torch.int64)).expectation(LENGTH)
+    assert bool(estimate.standard_error.isnan().all())
+    assert bool(estimate.interval.isnan().all())
+    assert "one sweep" in estimate.note
+
+
+def test_weights_of_zero_do_not_count():
+    result = particles(200)
+    log_w = result.draws.log_weight.clone()
+    log_w[::2] = -torch.inf
+    kept = Particles(result.draws.with_columns(log_weight=log_w), result.log_normalizer, Guarantee.CONSISTENT)
+    alone = Particles(result.draws.select(slice(1, None, 2)), result.log_normalizer, Guarantee.CONSISTENT)
+    assert torch.allclose(kept.expectation(LENGTH).value, alone.expectation(LENGTH).value)
