@@ -57,6 +57,7 @@ class Frontier:
         self._step: Step = step
         self._state: State = state
         self._unread = False
+        self._rebuild = False
 
     def __len__(self) -> int:
         return len(self.context)
@@ -111,6 +112,18 @@ class Frontier:
         self.context, self._row_of = self.context[index], self._row_of[index]
         self.live = torch.nonzero(alive[index]).squeeze(1)
 
+    def drop(self, keep: Tensor) -> None:
+        """Go on with the live rows of `keep` (L,) bool alone; the others stay as they are and are read no more."""
+        self.live = self.live[keep]
+
+    def resume(self, rows: Tensor) -> None:
+        """Make `rows` (L,) the live ones, of any lengths from 1; their distinct prefixes are read anew, in one forward.
+
+        For rows that have waited while others were read: their places in the cache are gone.
+        """
+        self.live = rows
+        self._unread = self._rebuild = True
+
     def sequences(self) -> Sequences:
         """All B rows as they are now, on the CPU; rows that are still live are prefixes, not outcomes."""
         lm = self.lm
@@ -134,6 +147,9 @@ class Frontier:
         live = self.live
         if len(live) == 0:
             return
+        if self._rebuild:
+            self._read_anew(live)
+            return
         last = self.ids[live, self.lengths[live] - 1]
         known, row_of = torch.unique(self._row_of[live] * self.lm.vocab_size + last, return_inverse=True)
         parent, token = known // self.lm.vocab_size, known % self.lm.vocab_size
@@ -147,6 +163,16 @@ class Frontier:
                 self._state = self.decoder.select(self._state, index)
             self._step, self._state = self.decoder.extend(self._state, tokens[:, None])
         self._row_of[live] = place[row_of]
+
+    def _read_anew(self, live: Tensor) -> None:
+        """One forward of the whole prefixes of the distinct live rows."""
+        self._rebuild = False
+        width = int(self.lengths[live].max())
+        rows = torch.cat([self.context[live, None], self.lengths[live, None], self.ids[live, :width]], 1)
+        distinct, row_of = torch.unique(rows, dim=0, return_inverse=True)
+        with torch.no_grad():
+            self._step, self._state = self.decoder.prefill(distinct[:, 0], distinct[:, 2:], distinct[:, 1])
+        self._row_of[live] = row_of
 
 
 def _places(parent: Tensor) -> Tensor:

@@ -79,3 +79,25 @@ def test_what_is_dropped_before_the_next_look_costs_nothing():
     frontier.append(torch.tensor([2, 3]))
     assert cost.lm_forwards == 2  # the last token is never read
     assert frontier.sequences().ids.tolist() == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_waited_go_on_from_where_they_were(kind):
+    lm = random_lm(kind, max_new_tokens=5)
+    tolerance = 1e-4 if kind == "qwen3_next" else 1e-9
+    generator = torch.Generator().manual_seed(5)
+    frontier = Frontier(lm, torch.arange(2).repeat_interleave(6))
+    while len(frontier.live):
+        for _ in range(2):  # half of the rows wait, then all go on
+            frontier.append(torch.randint(lm.vocab_size, (len(frontier.live),), generator=generator))
+            everyone = frontier.live.clone()
+            frontier.drop(torch.rand(len(everyone), generator=generator) < 0.5)
+            if len(frontier.live):
+                frontier.append(torch.randint(lm.vocab_size, (len(frontier.live),), generator=generator))
+            frontier.select(torch.randint(len(frontier), (len(frontier),), generator=generator))
+            open_rows = ~frontier.finished & (frontier.lengths < lm.max_new_tokens)
+            frontier.resume(torch.nonzero(open_rows).squeeze(1))
+            for row, got in zip(frontier.live.tolist(), frontier.logits(), strict=True):
+                tokens = frontier.ids[row, : int(frontier.lengths[row])].tolist()
+                wanted = uncached_logits(lm, int(frontier.context[row]), tokens)[-1]
+                assert torch.allclose(got, wanted, atol=tolerance, rtol=0)
