@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -409,6 +409,30 @@ class LanguageModel(TorchDistribution):
             if isinstance(other, type):
                 hint = f"pass an instance: prior * {what}(fn)"
             raise ModelError(f"got {type(self).__name__} * {what}, expected a factor; {hint}")
+
+    to_power: ClassVar[Callable[[LanguageModel, float], Any] | None] = None
+    """How π0^α is declared; the modeling layer, which stands above this one, says it."""
+
+    def __pow__(self, alpha: float) -> Any:
+        """The power prior as a model: π* ∝ π0^α, over whole sequences; see `lmppl.PowerPrior`."""
+        if LanguageModel.to_power is None:
+            raise ModelError("prior ** alpha: import lmppl, whose PowerPrior this is")
+        return LanguageModel.to_power(self, alpha)
+
+    def at_temperature(self, temperature: float) -> LanguageModel:
+        """The same LM with each next-token law tempered: p(x_t|c, x_<t)^{1/τ}, normalised; weights are shared.
+
+        Its law over sequences is not π0^{1/τ}: that is the posterior of `prior ** (1 / temperature)`, for which this
+        LM is a proposal.
+
+        Parameters
+        ----------
+        temperature : float
+            τ > 0; on top of the temperature that the LM already has.
+        """
+        from lmppl.lm.derived import TemperedLM
+
+        return TemperedLM(self, temperature)
 
     def __or__(self, contexts: Any) -> LanguageModel:
         """The same LM for other contexts: one, or a list of them."""

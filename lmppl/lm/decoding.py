@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError
+from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.lm.base import Decoder, LanguageModel, State, Step, guard_support
 from lmppl.sequences import Cost, Draws, Sequences, concatenate
 
@@ -24,6 +24,7 @@ __all__ = [
     "draw",
     "draw_rows",
     "enumerate_outcomes",
+    "hidden_states",
     "plan_rows",
     "sample_tokens",
     "token_log_probs",
@@ -41,6 +42,10 @@ class CountingDecoder:
         self.capabilities = self.decoder.capabilities
         self.cost = cost
         self._context_lengths = lm.context_lengths
+        # A decoder that runs more networks than the one that a call counts (a guide, gradient steps) counts those.
+        count_into = getattr(self.decoder, "count_into", None)
+        if count_into is not None:
+            count_into(cost)
 
     def prefill(
         self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
@@ -252,6 +257,40 @@ def token_log_probs(
                 result[rows, 1:width] = step.log_prob_of(tokens[:, 1:])
     after = torch.arange(result.shape[1], device=lm.device) >= lengths[:, None]
     return result.masked_fill_(after, 0.0).to(sequences.ids.device)
+
+
+def hidden_states(lm: LanguageModel, sequences: Sequences, *, cost: Cost | None = None) -> tuple[Tensor, Tensor]:
+    """The LM's hidden states (N, T, H) after each token of `sequences`, and the mask (N, T) of the tokens.
+
+    On the device of `sequences`; 0 after the end of a row.
+
+    Raises
+    ------
+    UnsupportedModel
+        Where the decoder has no hidden states that mean anything: its capabilities lack "hidden".
+    """
+    counter = Cost() if cost is None else cost
+    decoder = CountingDecoder(lm, counter)
+    if "hidden" not in decoder.capabilities:
+        raise UnsupportedModel(
+            f"{lm!r} gives no hidden states; use a Hugging Face LM whose head can be split off, or a factor of texts"
+        )
+    ids, lengths, context = (x.to(lm.device) for x in (sequences.ids, sequences.lengths, sequences.context))
+    width = max(1, int(lengths.max())) if len(ids) else 1
+    size = min(plan_rows(lm, max(1, len(ids))), max(1, SCORED_POSITIONS // width))
+    parts = []
+    with torch.no_grad():
+        for rows in torch.arange(len(ids), device=lm.device).split(size):
+            distinct, row_of = torch.unique(context[rows], return_inverse=True)
+            _, state = decoder.prefill(distinct)
+            state = decoder.select(state, row_of)
+            step, _ = decoder.extend(state, ids[rows, :width], count=int(lengths[rows].sum()))
+            parts.append(step.hidden)
+    hidden = torch.cat(parts)
+    mask = torch.arange(width, device=lm.device) < lengths[:, None]
+    hidden = torch.where(mask[:, :, None], hidden, 0.0)
+    device = sequences.ids.device
+    return hidden.to(device), mask.to(device)
 
 
 def enumerate_outcomes(lm: LanguageModel, context: int = 0, *, max_sequences: int, cost: Cost | None = None) -> Draws:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmppl.modeling.evidence import Automaton, Constraint, Optimality, Reward
+from lmppl.modeling.evidence import Automaton, Constraint, Optimality, PowerPrior, Reward
 from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
@@ -15,6 +15,7 @@ __all__ = [
     "Incremental",
     "Model",
     "Optimality",
+    "PowerPrior",
     "Reward",
     "Target",
     "TargetForm",

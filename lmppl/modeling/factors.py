@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Factor", "Feature", "Incremental", "start_incremental"]
 
-FeatureInput = Literal["text", "full", "ids", "hidden"]
+FeatureInput = Literal["text", "full", "ids", "hidden", "log_prior"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class Feature:
     fn : callable
         `on="text"`: list of completion texts → one number (or vector) a text; also the Hugging Face reward convention
         `fn(prompts, completions, **kwargs)`. `on="full"`: list of context + completion. `on="ids"`: a `Sequences`.
-        Returns a list, numpy array or tensor of shape (B,) or (B, K).
-    on : {"text", "full", "ids", "hidden"}
+        `on="log_prior"`: the log π0(x|c) (B,) that the draws carry, in nats. `on="hidden"`: the prior's hidden states
+        after each token (B, T, H), and the mask (B, T) of the tokens. Returns a list, numpy array or tensor of shape
+        (B,) or (B, K).
+    on : {"text", "full", "ids", "hidden", "log_prior"}
         What the function reads.
     stochastic : bool
         Values differ from call to call: never cached.

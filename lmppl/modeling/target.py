@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, ShapeError
+from lmppl.lm.decoding import hidden_states
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
@@ -45,6 +46,8 @@ class TargetForm:
         Factors that are only estimated.
     log_upper : float
         Σ_k sup log φ_k, in nats; inf where one is unbounded.
+    incremental, soft : tuple of str
+        Factors with a prefix-by-prefix form, and with a differentiable one.
     """
 
     num_contexts: int
@@ -58,6 +61,8 @@ class TargetForm:
     hard: tuple[str, ...]
     stochastic: tuple[str, ...]
     log_upper: float
+    incremental: tuple[str, ...] = ()
+    soft: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Model) -> TargetForm:
@@ -75,6 +80,8 @@ class TargetForm:
             hard=tuple(f.name for f in factors if f.hard is not False),
             stochastic=tuple(f.name for f in factors if f.stochastic),
             log_upper=sum(f.upper for f in factors),
+            incremental=tuple(f.name for f in factors if f.incremental is not None),
+            soft=tuple(f.name for f in factors if f.soft is not None),
         )
 
 
@@ -153,7 +160,7 @@ class Target:
         log_prior = self.log_prior(sequences)
         total = log_prior.to(torch.float64, copy=True)
         inside = torch.nonzero(log_prior > -torch.inf).squeeze(1)
-        for value in self.log_factors(sequences.select(inside)).values():
+        for value in self.log_factors(_with_log_prior(sequences.select(inside), log_prior[inside])).values():
             total[inside] += value
         return total
 
@@ -166,6 +173,10 @@ class Target:
         owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
         if len(sequences) == 0:
             return torch.zeros(0, *self._shapes.get(name, ()), dtype=torch.float64)
+        if feature.on in ("log_prior", "hidden"):
+            values = self._from_prior(feature, sequences, owner)
+            self._shapes[name] = values.shape[1:]
+            return values
         if feature.stochastic:
             self.cost.factor_calls += len(sequences)
             values = evaluate(feature, sequences, factor=owner)
@@ -184,6 +195,27 @@ class Target:
         self.cost.factor_calls += len(fresh)
         self.cost.cache_hits += len(keys) - len(fresh)
         return known.get(keys)
+
+    def _from_prior(self, feature: Feature, sequences: Sequences, owner: str) -> Tensor:
+        """A feature of what the prior says of the rows: log π0, which draws carry already, or its hidden states."""
+        self.cost.factor_calls += len(sequences)
+        if feature.on == "hidden":
+            given: tuple[Tensor, ...] = hidden_states(self.prior, sequences, cost=self.cost)
+        else:
+            carried = sequences.log_prior if isinstance(sequences, Draws) else None
+            given = (self.log_prior(sequences) if carried is None else carried,)
+        return evaluate(feature, sequences, factor=owner, given=given)
+
+
+def _with_log_prior(sequences: Sequences, log_prior: Tensor) -> Draws:
+    """The rows as draws that carry log π0."""
+    if isinstance(sequences, Draws):
+        return sequences.with_columns(log_prior=log_prior)
+    s = sequences
+    draws = Draws(s.ids, s.lengths, s.finished, s.context, s.prompts, s.decoder, log_prior=log_prior)
+    if "text" in s.__dict__:
+        draws.__dict__["text"] = s.text
+    return draws
 
 
 class _Values:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lmppl.errors import FactorError, ModelError
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.returned_values import Batch, quote, read_column
-from lmppl.sequences import Sequences
+from lmppl.sequences import Draws, Sequences
 
 __all__ = ["RowError", "evaluate", "evaluate_log_factor"]
 
@@ -40,7 +40,7 @@ class RowError(FactorError):
         super().__init__(f"{before} row {row}{after}")
 
 
-def evaluate(feature: Feature, sequences: Sequences, *, factor: str) -> Tensor:
+def evaluate(feature: Feature, sequences: Sequences, *, factor: str, given: tuple[Tensor, ...] | None = None) -> Tensor:
     """Run a user function on B sequences, once, and check what comes back.
 
     Parameters
@@ -53,6 +53,9 @@ def evaluate(feature: Feature, sequences: Sequences, *, factor: str) -> Tensor:
         The B rows.
     factor : str
         The factor that errors name.
+    given : tuple of Tensor, optional
+        What a function of the prior reads: log π0 (B,) (`on="log_prior"`; by default the draws' own), or hidden states
+        (B, T, H) and mask (B, T) (`on="hidden"`).
 
     Returns
     -------
@@ -67,12 +70,17 @@ def evaluate(feature: Feature, sequences: Sequences, *, factor: str) -> Tensor:
     ShapeError
         Where the result is not of shape (B,) or (B, K) with K ≥ 2.
     """
-    if feature.on == "hidden":
-        raise FactorError(f"factor {factor!r}: feature {feature.name!r} reads hidden states, which texts do not have")
+    if feature.on == "log_prior" and given is None and isinstance(sequences, Draws) and sequences.log_prior is not None:
+        given = (sequences.log_prior,)
+    if feature.on in ("hidden", "log_prior") and given is None:
+        what = "hidden states" if feature.on == "hidden" else "log π0(x|c)"
+        raise FactorError(
+            f"factor {factor!r}: feature {feature.name!r} reads {what}, which texts do not have; evaluate it with an LM"
+        )
     device = sequences.ids.device
     if len(sequences) == 0:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    call = _Call(feature, sequences, factor)
+    call = _Call(feature, sequences, factor, given)
     return read_column(call.run(), call.batch).to(device)
 
 
@@ -106,8 +114,10 @@ def _described(error: Exception) -> str:
 class _Call:
     """One batch for one function."""
 
-    def __init__(self, feature: Feature, sequences: Sequences, factor: str) -> None:
-        self.feature, self.sequences = feature, sequences
+    def __init__(
+        self, feature: Feature, sequences: Sequences, factor: str, given: tuple[Tensor, ...] | None = None
+    ) -> None:
+        self.feature, self.sequences, self.given = feature, sequences, given
         config = getattr(getattr(feature.fn, "model", None), "config", None)  # a pipeline knows its labels
         known = getattr(config, "id2label", None) or {}
         self.batch = Batch(
@@ -119,7 +129,7 @@ class _Call:
 
     def run(self) -> Any:
         """What the function returns for the whole batch."""
-        arguments = self._arguments(self.sequences)
+        arguments = self._arguments(self.sequences, self.given)
         try:
             return self._call(*arguments)
         except OUT_OF_MEMORY:
@@ -128,8 +138,12 @@ class _Call:
             self._blame(error)
             raise
 
-    def _arguments(self, rows: Sequences) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(
+        self, rows: Sequences, of_prior: tuple[Tensor, ...] | None = None
+    ) -> tuple[list[Any], dict[str, Any]]:
         feature = self.feature
+        if of_prior is not None:
+            return list(of_prior), {}
         if feature.on == "ids":
             return [rows], {}
         texts = list(rows.full_text if feature.on == "full" else rows.text)
@@ -153,7 +167,8 @@ class _Call:
         if isinstance(original, AttributeError | TypeError) and "list" in str(original) and self.feature.on != "ids":
             hint = "; the function gets a list of texts and returns one number for each"
         for row in range(count):
-            arguments = self._arguments(self.sequences.select([row]))
+            one = None if self.given is None else tuple(value[row : row + 1] for value in self.given)
+            arguments = self._arguments(self.sequences.select([row]), one)
             try:
                 self._call(*arguments)
             except OUT_OF_MEMORY:

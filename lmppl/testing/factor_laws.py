@@ -11,6 +11,8 @@ from torch import Tensor
 from lmppl.errors import FactorError, ShapeError
 from lmppl.lm.base import LanguageModel, Step
 from lmppl.modeling.factors import Factor, Incremental, start_incremental
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
 from lmppl.sequences import Sequences
 from lmppl.testing.reports import CheckFailed, Report
@@ -54,12 +56,12 @@ def check_factor(
     if isinstance(sequences, LanguageModel):
         sequences = sequences.draw(num_sequences, generator=torch.Generator().manual_seed(seed)).sequences
     report = Report(f"factor {factor.name!r}")
-    values = _log_phi(report, factor, sequences)
+    values = _log_phi(report, factor, sequences, lm)
     _check_declarations(report, factor, sequences, values, tolerance)
     if factor.stochastic:
         report.skip("log φ is a function of the row", "a feature is declared stochastic=True")
     else:
-        _check_function(report, factor, sequences, values, tolerance)
+        _check_function(report, factor, sequences, values, lm, tolerance)
     if factor.automaton is None:
         report.skip("the automaton accepts exactly where φ > 0", "none is given")
     else:
@@ -71,10 +73,13 @@ def check_factor(
     return report
 
 
-def _log_phi(report: Report, factor: Factor, rows: Sequences) -> Tensor:
+def _log_phi(report: Report, factor: Factor, rows: Sequences, lm: LanguageModel | None) -> Tensor:
     """(B,) log φ, computed afresh: no cache stands between this and the user's function."""
     try:
-        columns = {f.name: evaluate(f, rows, factor=factor.name) for f in factor.features}
+        if lm is not None and any(f.on in ("log_prior", "hidden") for f in factor.features):
+            columns = Target(Model(lm, (factor,))).features(rows)
+        else:
+            columns = {f.name: evaluate(f, rows, factor=factor.name) for f in factor.features}
         values = evaluate_log_factor(factor, columns, rows)
     except (FactorError, ShapeError) as error:
         raise CheckFailed(f"{report.subject}: log φ is defined on every row does not hold: {error}") from error
@@ -111,7 +116,9 @@ def _times(rows: Sequences) -> str:
     return f"on {len(rows)} rows"
 
 
-def _check_function(report: Report, factor: Factor, rows: Sequences, values: Tensor, tolerance: float) -> None:
+def _check_function(
+    report: Report, factor: Factor, rows: Sequences, values: Tensor, lm: LanguageModel | None, tolerance: float
+) -> None:
     def compare(other: Tensor, at: Tensor, law: str) -> None:
         gap = torch.where(other == values[at], 0.0, (other - values[at]).abs()).nan_to_num(math.inf)
         bad = gap > tolerance
@@ -122,16 +129,16 @@ def _check_function(report: Report, factor: Factor, rows: Sequences, values: Ten
         )
 
     everything = torch.arange(len(rows))
-    compare(_log_phi(report, factor, rows), everything, "log φ is the same when computed again")
+    compare(_log_phi(report, factor, rows, lm), everything, "log φ is the same when computed again")
     backwards = everything.flip(0)
     compare(
-        _log_phi(report, factor, rows.select(backwards)), backwards, "log φ does not depend on the order of a batch"
+        _log_phi(report, factor, rows.select(backwards), lm), backwards, "log φ does not depend on the order of a batch"
     )
     some = everything[:: max(1, len(rows) // 16)]
-    alone = torch.cat([_log_phi(report, factor, rows.select(i[None])) for i in some])
+    alone = torch.cat([_log_phi(report, factor, rows.select(i[None]), lm) for i in some])
     compare(alone, some, "log φ does not depend on the batch")
     repeated = everything.repeat_interleave(2)
-    compare(_log_phi(report, factor, rows.select(repeated)), repeated, "log φ of equal rows is equal")
+    compare(_log_phi(report, factor, rows.select(repeated), lm), repeated, "log φ of equal rows is equal")
 
 
 def _check_automaton(report: Report, factor: Factor, rows: Sequences, values: Tensor) -> None:
