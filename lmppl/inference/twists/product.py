@@ -1,0 +1,110 @@
+"""Products of twists, and the twist that a model's own factors give."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lmppl.errors import ModelError
+from lmppl.lm.base import Step
+from lmppl.modeling.factors import Factor, Incremental, start_incremental
+
+__all__ = ["FactorTwist", "ProductTwist"]
+
+
+class ProductTwist:
+    """ψ(x_≤t) = ∏_j ψ_j(x_≤t): log-potentials and increments add up, −inf as soon as one is.
+
+    Parameters
+    ----------
+    *twists : Incremental
+        None at all is ψ = 1.
+    """
+
+    def __init__(self, *twists: Incremental) -> None:
+        wrong = [t for t in twists if not isinstance(t, Incremental)]
+        if wrong:
+            raise ModelError(
+                f"twist: got {type(wrong[0]).__name__}, expected an object with start, weigh, advance, potential, "
+                "select and crop (see lmppl.Incremental)"
+            )
+        self.twists = twists
+        self.needs: frozenset[Literal["text", "ids", "hidden"]] = frozenset(n for t in twists for n in t.needs)
+
+    def __len__(self) -> int:
+        return len(self.twists)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the twists in their order; each must have one."""
+        parts = [getattr(t, "fingerprint", None) for t in self.twists]
+        if any(not isinstance(p, str) for p in parts):
+            bad = next(t for t, p in zip(self.twists, parts, strict=True) if not isinstance(p, str))
+            raise ModelError(f"twist: {type(bad).__name__} has no fingerprint; give it one to checkpoint runs with it")
+        return hashlib.sha256("\n".join(str(p) for p in parts).encode()).hexdigest()[:16]
+
+    def start(self, contexts: Tensor, step: Step | None = None) -> tuple[Any, ...]:
+        """As `Incremental.start`."""
+        return tuple(start_incremental(t, contexts, step) for t in self.twists)
+
+    def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
+        """As `Incremental.weigh`."""
+        return _sum(self.terms(state, candidates))
+
+    def terms(self, state: Any, candidates: Tensor | None) -> list[Tensor]:
+        """`weigh` of each of the twists."""
+        return [t.weigh(s, candidates) for t, s in zip(self.twists, state, strict=True)]
+
+    def advance(self, state: Any, tokens: Tensor, step: Any) -> tuple[Any, ...]:
+        """As `Incremental.advance`."""
+        return tuple(t.advance(s, tokens, step) for t, s in zip(self.twists, state, strict=True))
+
+    def potential(self, state: Any) -> Tensor:
+        """As `Incremental.potential`."""
+        return _sum([t.potential(s) for t, s in zip(self.twists, state, strict=True)])
+
+    def select(self, state: Any, index: Tensor) -> tuple[Any, ...]:
+        """As `Incremental.select`."""
+        return tuple(t.select(s, index) for t, s in zip(self.twists, state, strict=True))
+
+    def crop(self, state: Any, lengths: Tensor) -> tuple[Any, ...]:
+        """As `Incremental.crop`."""
+        return tuple(t.crop(s, lengths) for t, s in zip(self.twists, state, strict=True))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.twists))})"
+
+
+class FactorTwist(ProductTwist):
+    """The product of the incremental forms of those factors that have one: what SMC uses where no twist is given.
+
+    Each form obeys potential(start) + Σ weigh = potential(final) = log φ_k, so that at the end of a row nothing is left
+    to correct but the factors without a form.
+
+    Parameters
+    ----------
+    factors : sequence of Factor
+        Of a model; those without an incremental form are left out.
+    """
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        self.factors = tuple(f for f in factors if f.incremental is not None)
+        super().__init__(*(f.incremental for f in self.factors if f.incremental is not None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The factors, in the order of `terms`."""
+        return tuple(f.name for f in self.factors)
+
+    def __repr__(self) -> str:
+        return f"FactorTwist({', '.join(map(repr, self.names))})"
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
