@@ -12,6 +12,7 @@ from dataclasses import replace
 from statistics import NormalDist
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lmppl.diagnostics.intervals import clopper_pearson, empirical_bernstein
@@ -19,7 +20,14 @@ from lmppl.diagnostics.weights import TIED, checked_log_weights
 from lmppl.errors import ModelError
 from lmppl.sequences import Estimate, EstimateKind
 
-__all__ = ["log_acceptance", "log_mean_weight", "log_mean_weight_bounded", "normal_quantile", "stack"]
+__all__ = [
+    "log_acceptance",
+    "log_mean_sweeps",
+    "log_mean_weight",
+    "log_mean_weight_bounded",
+    "normal_quantile",
+    "stack",
+]
 
 
 def log_mean_weight(log_weights: Tensor, level: float = 0.95) -> Estimate:
@@ -62,6 +70,35 @@ def log_mean_weight(log_weights: Tensor, level: float = 0.95) -> Estimate:
     half = normal_quantile((1.0 + level) / 2.0) * error
     note = "delta method: asymptotic, needs a finite variance of the weights"
     return Estimate(value, torch.stack([value - half, value + half]), level, "unbiased_Z", error, n, note)
+
+
+def log_mean_sweeps(log_z: Tensor, level: float = 0.95) -> Estimate:
+    """log Ẑ = log of the mean of S independent unbiased estimates of Z, with Student's t for their small number.
+
+    log Ẑ ± t_{S−1}·s by the delta method, s as in `log_mean_weight`. The error is that of the spread between the
+    estimates, whatever each of them says about itself; nan for S = 1 and where all are equal, as the note says.
+
+    Parameters
+    ----------
+    log_z : Tensor (S,)
+        log Ẑ_s in nats; −inf is an estimate like any other.
+    level : float
+        Nominal coverage.
+
+    Returns
+    -------
+    Estimate
+        `value` (), kind "unbiased_Z", S replicates.
+    """
+    estimate = log_mean_weight(log_z, level)
+    assert estimate.standard_error is not None
+    if not math.isfinite(float(estimate.standard_error)):
+        note = estimate.note.replace("weights are", "sweeps are").replace("one draw", "one sweep")
+        return replace(estimate, note=note)
+    half = float(stats.t.ppf((1.0 + level) / 2.0, len(log_z) - 1)) * estimate.standard_error
+    interval = torch.stack([estimate.value - half, estimate.value + half])
+    note = f"delta method over {len(log_z)} independent sweeps, Student's t: sees no mass that every sweep missed"
+    return replace(estimate, interval=interval, note=note)
 
 
 def log_mean_weight_bounded(log_weights: Tensor, log_bound: float, level: float = 0.95) -> Estimate:

@@ -31,6 +31,7 @@ from lmppl.inference.proposals import (
     densities,
     evaluate_inside,
     propose,
+    truncates,
 )
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
@@ -220,16 +221,10 @@ class Importance(Engine):
             # A bound that is a hair larger is a bound too; rounding of the densities never exceeds it.
             log_bound = target.form.log_upper - math.log(self.defensive) + ROUNDING
         coverage = ""
-        if lm is not None and self.defensive == 0.0 and _truncates(lm):
+        if lm is not None and self.defensive == 0.0 and truncates(lm):
             coverage = "the proposal is truncated, so it may not cover π*: then E Ẑ < Z and no weight shows it"
         binary = lm is None and all(isinstance(f, Constraint) for f in target.factors)
         return {"log_bound": log_bound, "binary": binary, "coverage": coverage}
-
-
-def _truncates(lm: LanguageModel) -> bool:
-    """Whether the LM says that it gives probability zero to tokens on purpose."""
-    declared = [getattr(lm, name, None) for name in ("top_k", "top_p")]
-    return bool(getattr(lm, "truncated", False)) or any(value is not None for value in declared)
 
 
 def _refuse_all_zero(prompts: Sequence[str], weights: Sequence[Tensor], log_bound: float) -> None:

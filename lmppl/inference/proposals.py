@@ -18,7 +18,16 @@ from lmppl.modeling.factors import Factor
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, concatenate
 
-__all__ = ["as_proposal", "check_bounds", "check_outcomes", "densities", "draw_from", "evaluate_inside", "propose"]
+__all__ = [
+    "as_proposal",
+    "check_bounds",
+    "check_outcomes",
+    "densities",
+    "draw_from",
+    "evaluate_inside",
+    "propose",
+    "truncates",
+]
 
 ROUNDING = 1e-12  # relative; float64 rounding of a sum of log-factors
 
@@ -129,6 +138,12 @@ def evaluate_inside(target: Target, draws: Draws) -> Draws:
         features={name: spread(column) for name, column in part.features.items()},
         log_factors={name: spread(column) for name, column in part.log_factors.items()},
     )
+
+
+def truncates(lm: LanguageModel) -> bool:
+    """Whether the LM says that it gives probability zero to tokens on purpose."""
+    declared = [getattr(lm, name, None) for name in ("top_k", "top_p")]
+    return bool(getattr(lm, "truncated", False)) or any(value is not None for value in declared)
 
 
 def _refuse(above: Tensor, draws: Draws, value: Tensor, what: str, bound: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class ExactTwist:
         π* and π0 as machines, on the same contexts; `ExactTwist.of(model)` computes them.
     """
 
-    needs: frozenset[Literal["text", "ids", "hidden"]] = frozenset({"ids"})
+    needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"ids"})
 
     def __init__(self, law: PosteriorLM, base: PosteriorLM) -> None:
         self.law, self.base = law, base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class ProductTwist:
                 "select and crop (see lmppl.Incremental)"
             )
         self.twists = twists
-        self.needs: frozenset[Literal["text", "ids", "hidden"]] = frozenset(n for t in twists for n in t.needs)
+        self.needs: Collection[Literal["text", "ids", "hidden"]] = frozenset(n for t in twists for n in t.needs)
 
     def __len__(self) -> int:
         return len(self.twists)

@@ -1,0 +1,196 @@
+"""Conditional SMC: a sweep in which one given row of each group survives, and what it is good for.
+
+If the given row is a draw of π*, so is a row drawn from the sweep by its weights (particle Gibbs), E[1/Ẑ] = Pr(Ẑ>0)/Z,
+and E log Ẑ ≥ log Z: an upper bound that sees the modes which the particles would miss, because the given row is there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lmppl.errors import ModelError
+from lmppl.inference.approximation import LEVEL
+from lmppl.inference.engine import Shard, infer, shard_generator
+from lmppl.inference.smc import SMC
+from lmppl.inference.sweep import Retained, SweepResult
+from lmppl.lm.decoding import plan_rows
+from lmppl.lm.randomness import Source
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target, log_evidence
+from lmppl.sequences import Draws, Estimate
+
+__all__ = ["Sandwich", "conditional_smc", "particle_gibbs_step", "sandwich"]
+
+UPPER_STREAM = -1  # the id of the seed of the conditional sweeps, which no shard has
+
+
+def conditional_smc(target: Target, smc: SMC, rows: Draws, source: Source) -> SweepResult:
+    """One conditional sweep for each row of `rows` (G,), all in one batch.
+
+    The particles of a group continue the context of its row; the row starts in a slot drawn uniformly, takes its own
+    tokens, and survives each resampling by the law of the scheme given that it does.
+
+    Parameters
+    ----------
+    target : Target
+    smc : SMC
+        N, twist, proposal, resampling; `num_sweeps` is not used.
+    rows : Draws (G,)
+        Outcomes with γ > 0, for the bound exact draws of π*.
+    source : Source
+
+    Returns
+    -------
+    SweepResult
+        `draws` (G·N rows, group by group), `log_z` (G,), `slots` (G,): the row itself is draw g·N + slots[g].
+
+    Raises
+    ------
+    ModelError
+        Where a row has γ = 0 or is no outcome of the prior, or the proposal cannot make it.
+
+    References
+    ----------
+    andrieu2010, chopin2015
+    """
+    smc.check(target)
+    rows = _checked(target, rows)
+    slots = source.integers(torch.full((len(rows),), smc.num_particles))
+    return smc.sweep(target, rows.context, source, retained=Retained(rows.ids, rows.lengths, slots))
+
+
+def particle_gibbs_step(target: Target, smc: SMC, rows: Draws, source: Source) -> Draws:
+    """One step of iterated conditional SMC for each row: a draw of its sweep by weight; π* is invariant.
+
+    Parameters
+    ----------
+    target, smc, source
+        As in `conditional_smc`; all rows share forwards: G·N particles in one batch.
+    rows : Draws (G,)
+        One a chain, each of its own context, with γ > 0.
+
+    Returns
+    -------
+    Draws (G,)
+        In the order of `rows`, with `log_prior`, features and log-factors; equally weighted, columns as in `rows`.
+
+    References
+    ----------
+    andrieu2010, chopin2015
+    """
+    result = conditional_smc(target, smc, rows, source)
+    log_w = result.draws.log_weight
+    assert log_w is not None
+    chosen, _ = source.tokens(log_w.view(len(rows), smc.num_particles))
+    index = torch.arange(len(rows)) * smc.num_particles + chosen
+    return result.draws.select(index).with_columns(log_weight=None, columns=dict(rows.columns), meta=rows.meta)
+
+
+class Sandwich(NamedTuple):
+    """Bounds of log Z(c), each an `Estimate` (C,) with a confidence interval: E log Ẑ_N ≤ log Z ≤ E log Ẑ_cSMC."""
+
+    lower: Estimate
+    upper: Estimate
+
+
+def sandwich(
+    model: Model,
+    engine: SMC,
+    exact_draws: Draws,
+    *,
+    num_sweeps: int | None = None,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Sandwich:
+    """A lower bound of log Z from sweeps of `engine`, and an upper bound from one conditional sweep an exact draw.
+
+    Both are means of log Ẑ, with Student's t intervals for their expectations. Their distance bounds how far the
+    engine's law of a draw is from π*: KL(π*‖q) ≤ E_cSMC[log Ẑ] − log Z. The upper bound is one only if the draws are
+    exact (`Rejection`, `Exact(...).draw`).
+
+    Parameters
+    ----------
+    model : Model
+    engine : SMC
+        `SMC(ess_threshold=0, ...)` without a twist is importance sampling with N draws.
+    exact_draws : Draws
+        Equally weighted exact draws of π*, two or more of each context.
+    num_sweeps : int, optional
+        Sweeps for the lower bound; by default the engine's.
+    seed : int
+    level : float
+        Coverage of the intervals.
+
+    References
+    ----------
+    grosse2015, zhao2024
+    """
+    if exact_draws.log_weight is not None:
+        spread = exact_draws.log_weight.max() - exact_draws.log_weight.min()
+        if float(spread) != 0.0:
+            raise ModelError(
+                "sandwich: got weighted draws, expected equally weighted exact ones, as `Rejection` gives them"
+            )
+    sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
+    run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
+    low = list(run.info["log_z_sweeps"])
+    target = Target(model)
+    source = Source(shard_generator(Shard(UPPER_STREAM, 0, seed, (), 0)))
+    size = max(1, plan_rows(model.prior, len(exact_draws) * engine.num_particles) // engine.num_particles)
+    parts = [
+        conditional_smc(target, engine, exact_draws.select(index), source).log_z
+        for index in torch.arange(len(exact_draws)).split(size)
+    ]
+    log_z = torch.cat(parts)
+    high = [log_z[exact_draws.context == c] for c in range(model.prior.num_contexts)]
+    empty = [c for c, values in enumerate(high) if len(values) == 0]
+    if empty:
+        raise ModelError(f"sandwich: got no exact draw for context {model.prior.prompts[empty[0]]!r}")
+    what = f"mean of log Ẑ over {{}} {{}}, N = {engine.num_particles}, Student's t"
+    return Sandwich(
+        _mean(low, "lower_bound", what.format(sweeps, "independent sweeps"), level),
+        _mean(high, "upper_bound", what.format(min(map(len, high)), "conditional sweeps, one an exact draw"), level),
+    )
+
+
+def _mean(values: list[Tensor], kind: str, note: str, level: float) -> Estimate:
+    """(C,) means of independent figures, with t intervals; nan where there is one only, or some are −inf."""
+    means = torch.stack([v.mean() for v in values])
+    errors, intervals = [], []
+    for v, mean in zip(values, means, strict=True):
+        count = len(v)
+        known = count > 1 and math.isfinite(float(mean))
+        error = v.std() / math.sqrt(count) if known else torch.tensor(math.nan, dtype=torch.float64)
+        half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * error if known else error
+        errors.append(error)
+        intervals.append(torch.stack([mean - half, mean + half]))
+    if bool((means == -math.inf).any()):
+        note += "; some sweep has Ẑ = 0, so that its log is −inf and bounds nothing: use more particles"
+    replicates = min(len(v) for v in values)
+    return Estimate(means, torch.stack(intervals), level, kind, torch.stack(errors), replicates, note)  # type: ignore[arg-type]
+
+
+def _checked(target: Target, rows: Draws) -> Draws:
+    """The rows with log π0 and log-factors, all with γ > 0."""
+    rows = rows.to("cpu")
+    whole = target.prior.is_outcome(rows)
+    if not bool(whole.all()):
+        bad = int(torch.nonzero(~whole)[0, 0])
+        raise ModelError(f"conditional SMC: row {bad}, {rows.text[bad]!r}, is no outcome of the prior")
+    if rows.log_prior is None:
+        rows = rows.with_columns(log_prior=target.log_prior(rows))
+    assert rows.log_prior is not None
+    log_gamma = rows.log_prior.double() + log_evidence(target.evaluate(rows))
+    dead = torch.nonzero(~(log_gamma > -math.inf))
+    if len(dead):
+        bad = int(dead[0, 0])
+        raise ModelError(
+            f"conditional SMC: row {bad}, {rows.text[bad]!r}, has γ = 0, so that it cannot survive; expected a row "
+            "with γ > 0"
+        )
+    return rows

@@ -1,0 +1,157 @@
+"""TwistTrack: the twist's state, in step with the live rows of a frontier.
+
+`advance` and `select` wait until the twist is asked again, so that rows which resampling drops are never advanced, and
+a twist that reads hidden states gets those of the forward that is due anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.frontier import Frontier
+from lmppl.modeling.factors import Incremental, start_incremental
+
+__all__ = ["TwistTrack", "replay"]
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """States of rows of one length: live row `position[i]` has state `index[i]`, once that has read its token."""
+
+    state: Any
+    position: Tensor
+    index: Tensor | None  # None: row i of the state, for every i
+    tokens: Tensor | None  # of the state's rows; None where they have been read
+
+
+class TwistTrack:
+    """One twist on the live rows of one frontier.
+
+    Parameters
+    ----------
+    twist : Incremental
+    frontier : Frontier
+        All of its rows empty completions.
+    """
+
+    def __init__(self, twist: Incremental, frontier: Frontier) -> None:
+        self.twist, self.frontier = twist, frontier
+        self.hidden = "hidden" in twist.needs
+        step = frontier.step
+        first = Step(step.project, step.hidden[:, -1:][frontier.row_of])
+        state = start_incremental(twist, frontier.context, first)
+        self._chunks = [_Chunk(state, torch.arange(len(frontier.live), device=frontier.ids.device), None, None)]
+        self.start_potential: Tensor = twist.potential(state)
+
+    def weigh(self, candidates: Tensor | None) -> Tensor:
+        """(L, k) or (L, V) increments of the live rows."""
+        self.settle()
+        if len(self._chunks) == 1:
+            return self.twist.weigh(self._chunks[0].state, candidates)
+        result: Tensor | None = None
+        for chunk in self._chunks:
+            part = self.twist.weigh(chunk.state, None if candidates is None else candidates[chunk.position])
+            if result is None:
+                result = part.new_zeros(len(self.frontier.live), part.shape[1])
+            result[chunk.position] = part
+        assert result is not None
+        return result
+
+    def potential(self) -> Tensor:
+        """(L,) log ψ of the live rows."""
+        self.settle()
+        if len(self._chunks) == 1:
+            return self.twist.potential(self._chunks[0].state)
+        parts = torch.cat([self.twist.potential(c.state) for c in self._chunks])
+        result = torch.empty_like(parts)
+        result[torch.cat([c.position for c in self._chunks])] = parts
+        return result
+
+    def terms(self, rows: Tensor, tokens: Tensor) -> list[Tensor]:
+        """The increments of each twist of a product, at the live rows' positions `rows`, of tokens not appended yet."""
+        chunk = self._chunks[0]
+        state = self.twist.select(chunk.state, rows)
+        return [t[:, 0] for t in self.twist.terms(state, tokens[:, None])]  # type: ignore[attr-defined]
+
+    def append(self, tokens: Tensor, keep: Tensor) -> None:
+        """The live rows (L,) have read `tokens`; those of `keep` (L,) bool go on."""
+        self.settle()
+        moved = torch.cumsum(keep, 0) - 1
+        every = bool(keep.all())
+        for chunk in self._chunks:
+            chunk.tokens = tokens[chunk.position]
+            if not every:
+                chunk.index = torch.nonzero(keep[chunk.position]).squeeze(1)
+                chunk.position = moved[chunk.position[chunk.index]]
+        self._chunks = [c for c in self._chunks if len(c.position)]
+
+    def drop(self, keep: Tensor) -> None:
+        """Live rows outside `keep` (L,) bool wait; `rebuild` brings them back."""
+        moved = torch.cumsum(keep, 0) - 1
+        for chunk in self._chunks:
+            kept = torch.nonzero(keep[chunk.position]).squeeze(1)
+            chunk.index = kept if chunk.index is None else chunk.index[kept]
+            chunk.position = moved[chunk.position[kept]]
+        self._chunks = [c for c in self._chunks if len(c.position)]
+
+    def select(self, source: Tensor) -> None:
+        """Live row i is now the former live row `source[i]`; for rows of one length."""
+        if not self._chunks:
+            return
+        (chunk,) = self._chunks
+        chunk.index = source if chunk.index is None else chunk.index[source]
+        chunk.position = torch.arange(len(source), device=source.device)
+
+    def rebuild(self) -> None:
+        """Read the live rows of the frontier anew, of any lengths."""
+        frontier = self.frontier
+        live = frontier.live
+        lengths = frontier.lengths[live]
+        self._chunks = []
+        for length in lengths.unique().tolist():
+            position = torch.nonzero(lengths == length).squeeze(1)
+            rows = live[position]
+            state = replay(self.twist, frontier.lm, frontier.context[rows], frontier.ids[rows, :length])
+            self._chunks.append(_Chunk(state, position, None, None))
+
+    def settle(self) -> None:
+        """Bring the states up to date: select, then advance."""
+        for chunk in self._chunks:
+            if chunk.index is not None:
+                chunk.state = self.twist.select(chunk.state, chunk.index)
+                chunk.tokens = None if chunk.tokens is None else chunk.tokens[chunk.index]
+                chunk.index = None
+            if chunk.tokens is not None:
+                step = self._step(chunk.position)
+                chunk.state = self.twist.advance(chunk.state, chunk.tokens, step)  # type: ignore[arg-type]
+                chunk.tokens = None
+
+    def _step(self, position: Tensor) -> Step | None:
+        if not self.hidden:
+            return None
+        step = self.frontier.step
+        return Step(step.project, step.hidden[:, -1:][self.frontier.row_of[position]])
+
+
+def replay(twist: Incremental, lm: LanguageModel, context: Tensor, tokens: Tensor) -> Any:
+    """The twist's state after `tokens` (B, k) of contexts (B,); forwards of the LM only for hidden states."""
+    if "hidden" not in twist.needs:
+        with torch.no_grad():
+            step, _ = lm.decoder().prefill(context)
+        state = start_incremental(twist, context, step)
+        for column in tokens.unbind(1):
+            state = twist.advance(state, column, None)  # type: ignore[arg-type]
+        return state
+    with torch.no_grad():
+        decoder = lm.decoder()
+        step, cache = decoder.prefill(context)
+        state = start_incremental(twist, context, step)
+        for column in tokens.unbind(1):
+            step, cache = decoder.extend(cache, column[:, None])
+            state = twist.advance(state, column, step)
+    return state
