@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-__all__ = ["BufferedCache", "BufferedLayer", "CacheKind", "make_cache", "select_rows"]
+__all__ = ["BufferedCache", "BufferedLayer", "CacheKind", "CacheShelf", "make_cache", "select_rows"]
 
 CacheKind = Literal["buffer", "config", "none"]
 
@@ -61,6 +61,13 @@ class BufferedLayer(DynamicLayer):
         self.keys = self._columns(self.key_buffer, self.length)
         self.values = self._columns(self.value_buffer, self.length)
         return self.keys, self.values
+
+    def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Take over buffers (rows, heads, capacity, size) whose first `length` columns are written."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.key_buffer, self.value_buffer = keys, values
+        self.rows, self.length = len(keys), length
+        self._view()
 
     def get_seq_length(self) -> int:
         """Columns held."""
@@ -187,6 +194,86 @@ class BufferedCache(Cache):
                 layer.truncate(width)
             else:
                 layer.gather_columns(columns)
+
+
+class CacheShelf:
+    """Rows of `BufferedCache`s by slot, each from its first token on, out of the way of forwards.
+
+    Parameters
+    ----------
+    num_slots, num_columns : int
+        Rows, and tokens of each (context included), that there is room for.
+    """
+
+    def __init__(self, num_slots: int, num_columns: int) -> None:
+        self.num_slots, self.num_columns = num_slots, num_columns
+        self.layers: list[tuple[Tensor, Tensor] | None] = []
+
+    def put(self, cache: BufferedCache, rows: Tensor, starts: Tensor, slots: Tensor, width: int) -> None:
+        """Copy `width` columns of `rows` (M,), from column `starts` (M,) of each on, into `slots` (M,)."""
+        if not self.layers:
+            self.layers = [self._room(layer) for layer in cache.layers]
+        columns = torch.arange(width, device=rows.device)
+        known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for shelved, layer in zip(self.layers, cache.layers, strict=True):
+            if shelved is None:
+                continue
+            assert isinstance(layer, BufferedLayer)  # as `_room` found it
+            for to, buffer in zip(shelved, (layer.key_buffer, layer.value_buffer), strict=True):
+                assert buffer is not None
+                _, heads, capacity, size = buffer.shape
+                if (heads, capacity) not in known:
+                    source = (starts[:, None] + columns).clamp_max(capacity - 1)
+                    known[heads, capacity] = (
+                        _flat(rows, source, heads, capacity),
+                        _flat(slots, columns.expand(len(slots), -1), heads, self.num_columns),
+                    )
+                read, write = known[heads, capacity]
+                to.view(-1, size).index_copy_(0, write, buffer.view(-1, size).index_select(0, read))
+
+    def take(self, slots: Tensor, lengths: Tensor, width: int) -> BufferedCache:
+        """A fresh cache of the rows in `slots` (M,), their first `lengths` (M,) tokens right-aligned in `width`."""
+        cache = BufferedCache(self.num_columns)
+        columns = torch.arange(self.num_columns, device=slots.device) - (width - lengths)[:, None]
+        columns.clamp_(0, self.num_columns - 1)
+        known: dict[int, Tensor] = {}
+        for shelved in self.layers:
+            layer = BufferedLayer(self.num_columns)
+            cache.layers.append(layer)
+            if shelved is not None:
+                heads = shelved[0].shape[1]
+                if heads not in known:
+                    known[heads] = _flat(slots, columns, heads, self.num_columns)
+                fresh = [
+                    x.view(-1, x.shape[3])
+                    .index_select(0, known[heads])
+                    .view(len(slots), heads, self.num_columns, x.shape[3])
+                    for x in shelved
+                ]
+                layer.hold(fresh[0], fresh[1], width)
+        return cache
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole slots `source` (M,) over slots `target` (M,)."""
+        for shelved in self.layers:
+            if shelved is not None:
+                for x in shelved:
+                    x[target] = x[source]
+
+    def _room(self, layer: Any) -> tuple[Tensor, Tensor] | None:
+        if not isinstance(layer, BufferedLayer) or layer.key_buffer is None or layer.value_buffer is None:
+            return None
+        keys, values = (
+            x.new_zeros(self.num_slots, x.shape[1], self.num_columns, x.shape[3])
+            for x in (layer.key_buffer, layer.value_buffer)
+        )
+        return keys, values
+
+
+def _flat(rows: Tensor, columns: Tensor, heads: int, capacity: int) -> Tensor:
+    """Positions of `columns` (M, k) of every head of `rows` (M,), in a buffer (·, heads, capacity, size) read flat."""
+    head = rows[:, None] * heads + torch.arange(heads, device=rows.device)
+    return (head[:, :, None] * capacity + columns[:, None]).reshape(-1)
 
 
 def make_cache(kind: CacheKind, config: Any, capacity: int) -> Cache | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmppl.lm.base import Step
 
-__all__ = ["MachineDecoder", "MachineRows"]
+__all__ = ["MachineDecoder", "MachineRows", "MachineShelf"]
 
 
 class MachineRows(NamedTuple):
@@ -97,3 +97,35 @@ class MachineDecoder:
     def select(self, state: MachineRows, index: Tensor) -> MachineRows:
         """As `Decoder.select`."""
         return MachineRows(state.history[index], state.width, state.lengths[index])
+
+    def shelve(self, num_slots: int) -> MachineShelf:
+        """Room for rows that outlive a state."""
+        return MachineShelf(num_slots)
+
+
+class MachineShelf:
+    """As `lmppl.lm.shelf.RowStore`: the states that each row went through, by slot."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.states = torch.zeros(num_slots, 1, dtype=torch.int64)
+
+    def put(self, state: MachineRows, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        """As `RowStore.put`."""
+        width = int(lengths.max()) + 1
+        if width > self.states.shape[1]:
+            room = self.states.new_zeros(len(self.states), width)
+            room[:, : self.states.shape[1]] = self.states
+            self.states = room
+        first = state.width - 1 - state.lengths[rows]
+        columns = (first[:, None] + torch.arange(width)).clamp_max(state.width - 1)
+        self.states[slots, :width] = state.history[rows].gather(1, columns)
+
+    def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> MachineRows:
+        """As `RowStore.take`."""
+        width = int(lengths.max()) + 1
+        columns = (torch.arange(width) - (width - 1 - lengths)[:, None]).clamp_min(0)
+        return MachineRows(self.states[slots].gather(1, columns), width, lengths.clone())
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """As `RowStore.copy`."""
+        self.states[target] = self.states[source]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +18,8 @@ from lmppl.lm.contexts import Encoded, encode_context, list_contexts
 from lmppl.lm.grouping import GroupedRows
 from lmppl.lm.network import Network
 from lmppl.lm.probing import Abilities, abilities_of
-from lmppl.lm.rows import CachedRows, Rows
+from lmppl.lm.rows import CachedRows, Rows, RowState
+from lmppl.lm.spelling import Spelling
 from lmppl.lm.text import CompletionText, check_stop
 from lmppl.lm.truncation import check_truncation, keep_top_k, keep_top_p
 from lmppl.sequences import Sequences
@@ -83,6 +85,41 @@ class TransformersDecoder:
     def select(self, state: DecoderState, index: Tensor) -> DecoderState:
         """As `Decoder.select`."""
         return DecoderState(self.rows.select(state.rows, index), state.context_lengths[index])
+
+    def shelve(self, num_slots: int) -> ShelvedRows | None:
+        """Room for rows that outlive a state; None where rows of this architecture must be prefilled again."""
+        abilities = self.abilities
+        if abilities.cache != "buffer" or not (abilities.padded and abilities.ragged):
+            return None
+        return ShelvedRows(self.lm, num_slots)
+
+
+class ShelvedRows:
+    """As `lmppl.lm.shelf.RowStore`: keys and values by slot, the context's included."""
+
+    def __init__(self, lm: TransformersLM, num_slots: int) -> None:
+        from lmppl.lm.caches import CacheShelf
+
+        self.context_counts = lm.context_counts
+        self.cache = CacheShelf(num_slots, int(lm.context_counts.max()) + lm.max_new_tokens)
+
+    def put(self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        """As `RowStore.put`."""
+        pads, totals = state.rows.pads[rows], state.context_lengths[rows] + lengths
+        self.cache.put(state.rows.cache, rows, pads, slots, int(totals.max()))
+
+    def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> DecoderState:
+        """As `RowStore.take`."""
+        counts = self.context_counts[context]
+        totals = counts + lengths
+        width = int(totals.max())
+        pads = width - totals
+        cache = self.cache.take(slots, totals, width)
+        return DecoderState(RowState(cache, None, pads, width, bool((pads > 0).any())), counts)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """As `RowStore.copy`."""
+        self.cache.copy(source, target)
 
 
 class TransformersLM(LanguageModel):
@@ -232,6 +269,16 @@ class TransformersLM(LanguageModel):
         """Completion texts, special tokens removed: context + completion reads right; cut before a stop string."""
         blank = [self.blank[c] for c in sequences.context.tolist()]
         return self._text.decode(sequences.token_lists(), blank)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """As `LanguageModel.spelling`; contexts share it."""
+        return self._text.spelling
+
+    @property
+    def begins_text(self) -> Sequence[bool]:
+        """As `LanguageModel.begins_text`: after a context without text."""
+        return self.blank
 
     def ended(self, ids: Tensor, step: int) -> Tensor:
         """As `LanguageModel.ended`: an EOS token, or a stop string."""

@@ -1,0 +1,377 @@
+"""Shelf: whole rows of one language model kept from one MCMC step to the next, so that only new tokens are read.
+
+Each row has a slot with its keys and values, the hidden state before each of its tokens, and the log-probability of
+each token. A row can be taken back to any of its prefixes at no cost: the law of its token i is known already, and
+regenerating n tokens reads n − 1. A new row is written to a free slot; whether it becomes the row is decided later, by
+`adopt`, without a copy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError
+from lmppl.lm.base import LanguageModel, State, Step
+from lmppl.lm.decoding import CountingDecoder
+from lmppl.lm.randomness import Source
+from lmppl.sequences import Cost
+
+__all__ = ["Pending", "Regenerated", "RowStore", "Shelf"]
+
+
+class RowStore(Protocol):
+    """What a decoder's `shelve(num_slots)` gives, where it can keep rows beyond a state."""
+
+    def put(self, state: State, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        """Copy the first `lengths` (M,) tokens of `rows` (M,) of a state into `slots` (M,)."""
+        ...
+
+    def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> State:
+        """A fresh state of the rows in `slots` (M,), of `context` (M,), cut to `lengths` (M,) tokens."""
+        ...
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` (M,) over slots `target` (M,)."""
+        ...
+
+
+class Pending(NamedTuple):
+    """New versions of `rows` (M,), in `slots` (M,) that nobody else uses; `depth` (M,) laws of each are known."""
+
+    rows: Tensor
+    slots: Tensor
+    depth: Tensor
+
+
+class Regenerated(NamedTuple):
+    """What `Shelf.regenerate` gives: `ids` (M, T), `lengths` (M,), `finished` (M,), and the new rows.
+
+    `log_q` (M, T) holds the log-probability of each new token under the law that it was drawn from, 0 elsewhere.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    finished: Tensor
+    log_q: Tensor
+    pending: Pending
+
+
+class Shelf:
+    """The present rows of B chains under one LM.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+    context : Tensor (B,), int64
+        The context of each row; a row starts empty.
+    cost : Cost, optional
+        Counter that forwards are added to.
+
+    Attributes
+    ----------
+    depth : Tensor (B,), int64
+        Laws of the row that are known: of its tokens 1..depth.
+
+    Notes
+    -----
+    A decoder that cannot keep rows (recurrent and windowed caches, rows grouped by length, an own decoder without
+    `shelve`) reads the prefix again: the results are the same, the cost is not.
+    """
+
+    def __init__(self, lm: LanguageModel, context: Tensor, *, cost: Cost | None = None) -> None:
+        self.lm, self.horizon = lm, lm.max_new_tokens
+        self.decoder = CountingDecoder(lm, Cost() if cost is None else cost)
+        self.context = context.to(lm.device)
+        batch = len(context)
+        shelve = getattr(self.decoder.decoder, "shelve", None)
+        self.store: RowStore | None = None if shelve is None else shelve(2 * batch)
+        self.slot = torch.arange(batch, device=lm.device)
+        self.depth = torch.ones_like(self.slot)
+        distinct, row_of = torch.unique(self.context, return_inverse=True)
+        with torch.no_grad():
+            step, state = self.decoder.prefill(distinct)
+        self._project = step.project
+        hidden = step.hidden[:, -1]
+        # Law k of a slot is that of its token k + 1.
+        self._hidden = hidden.new_zeros(2 * batch, self.horizon, hidden.shape[1])
+        self._hidden[:batch, 0] = hidden[row_of]
+        self._log_probs = torch.zeros(2 * batch, self.horizon, dtype=torch.float64, device=lm.device)
+        self._entropy: Tensor | None = None  # (2B, T), nan where not computed yet
+        if self.store is not None:
+            self.store.put(state, row_of, self.slot, torch.zeros_like(self.slot))
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    # The present rows.
+
+    def log_probs(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """(M, T) log p(x_t|c, x_<t) of the present `rows`, 0 after `lengths`, which must not exceed their depth."""
+        return self._within(self._log_probs[self.slot[rows]], lengths)
+
+    def pending_log_probs(self, pending: Pending) -> Tensor:
+        """(M, T) log p(x_t|c, x_<t) of new rows, 0 after the last one known."""
+        return self._within(self._log_probs[pending.slots], pending.depth)
+
+    def logits(self, rows: Tensor, position: Tensor) -> Tensor:
+        """(M, V) unnormalised log-probabilities of the token after the first `position` (M,) tokens of `rows`."""
+        with torch.no_grad():
+            return self._project(self._hidden[self.slot[rows], position])
+
+    def entropies(self, slots: Tensor, lengths: Tensor) -> Tensor:
+        """(M, T) entropy of the law of each token of the rows in `slots`, in nats; 0 after `lengths` (M,)."""
+        if self._entropy is None:
+            self._entropy = torch.full_like(self._log_probs, torch.nan)
+        there = torch.arange(self.horizon, device=slots.device) < lengths[:, None]
+        row, law = torch.nonzero(there & self._entropy[slots].isnan(), as_tuple=True)
+        with torch.no_grad():
+            for r, k in zip(row.split(1024), law.split(1024), strict=True):
+                log_p = torch.log_softmax(self._project(self._hidden[slots[r], k]), -1)
+                terms = torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0)
+                self._entropy[slots[r], k] = -terms.sum(-1).double()
+        return torch.where(there, self._entropy[slots], 0.0)
+
+    # New rows.
+
+    def regenerate(
+        self,
+        rows: Tensor,
+        keep: Tensor,
+        ids: Tensor,
+        source: Source,
+        *,
+        until: Tensor | None = None,
+        barred: Tensor | None = None,
+    ) -> Regenerated:
+        """Draw the tokens of `rows` (M,) after the first `keep` (M,) anew, until they end.
+
+        Parameters
+        ----------
+        rows, keep : Tensor (M,), int64
+            keep < depth of each row.
+        ids : Tensor (M, T), int64
+            The rows' tokens.
+        source : Source
+        until : Tensor (M,), int64, optional
+            Stop at this length, ended or not: the cap T by default.
+        barred : Tensor (V,), bool, optional
+            Tokens that are not drawn; the law is renormalised without them. A row to which nothing else can happen
+            stops there, as if it had ended.
+
+        Returns
+        -------
+        Regenerated
+        """
+        lm, device = self.lm, self.lm.device
+        count = len(rows)
+        old, slots = self.slot[rows], self._free(count)
+        self._copy_laws(old, slots, keep)
+        after = torch.arange(self.horizon, device=device) >= keep[:, None]
+        ids = ids.to(device).masked_fill(after, lm.pad_id)
+        lengths = keep.clone()
+        finished = torch.zeros(count, dtype=torch.bool, device=device)
+        log_q = torch.zeros(count, self.horizon, dtype=torch.float64, device=device)
+        cap = torch.full_like(keep, self.horizon) if until is None else until
+        live, at = torch.arange(count, device=device), keep.clone()
+        state: State = None
+        with torch.no_grad():
+            logits = self._project(self._hidden[old, keep])
+            while len(live):
+                place = slots[live]
+                tokens, log_law, log_prob, stuck = self._choose(logits, source, barred)
+                ids[live, at], log_q[live, at], self._log_probs[place, at] = tokens, log_law, log_prob
+                at = at + 1
+                over = self._ended(ids, live, at, tokens) | stuck
+                stop = over | (at == cap[live])
+                if bool(stop.any()):
+                    gone = torch.nonzero(stop).squeeze(1)
+                    ended = live[gone]
+                    lengths[ended], finished[ended] = at[gone], over[gone]
+                    self._shelve(state, gone, old[ended], slots[ended], at[gone] - 1)
+                    on = _compacting_index(stop)
+                    if len(on) == 0:
+                        break
+                    live, at, tokens = live[on], at[on], tokens[on]
+                    place = slots[live]
+                    if state is not None:
+                        state = self.decoder.select(state, on)
+                if state is None:
+                    step, state = self._resume(old[live], rows[live], ids[live], at)
+                else:
+                    step, state = self.decoder.extend(state, tokens[:, None])
+                hidden = step.hidden[:, -1]
+                self._hidden[place, at] = hidden
+                logits = self._project(hidden)
+        return Regenerated(ids, lengths, finished, log_q, Pending(rows, slots, lengths))
+
+    def force(
+        self, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor, *, pending: Pending | None = None
+    ) -> Pending:
+        """Read given tokens after the first `keep` of `rows`, in one forward, and know their laws.
+
+        Parameters
+        ----------
+        rows, keep : Tensor (M,), int64
+            keep < depth of each row.
+        ids : Tensor (M, T), int64
+            Rows that agree with the present ones in the first `keep` tokens.
+        lengths : Tensor (M,), int64
+            More than `keep`.
+        pending : Pending, optional
+            Go on from these new rows in place of the present ones, in their slots.
+        """
+        source = self.slot[rows] if pending is None else pending.slots
+        slots = self._free(len(rows)) if pending is None else pending.slots
+        self._copy_laws(source, slots, keep)
+        state, known = self._read_tails(source, slots, rows, keep, ids.to(self.lm.device), lengths)
+        if state is None:
+            self._shelve(None, torch.arange(len(rows), device=slots.device), source, slots, lengths - 1)
+        elif self.store is not None:
+            self.store.put(state, torch.arange(len(rows), device=slots.device), slots, lengths - 1)
+        hidden, log_prob, mask = known
+        row, law = torch.nonzero(mask, as_tuple=True)
+        self._log_probs[slots[row], law] = log_prob[mask]
+        row, law = torch.nonzero(hidden[1], as_tuple=True)
+        self._hidden[slots[row], law] = hidden[0][hidden[1]]
+        return Pending(rows, slots, lengths)
+
+    def score_tails(self, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        """(M,) Σ_{t > keep} log p(x_t|c, x_<t) of given tokens after the first `keep` of `rows`; nothing is kept.
+
+        A row may stand there several times, with other tokens.
+        """
+        slots = self.slot[rows]
+        _, (_, log_prob, mask) = self._read_tails(slots, slots, rows, keep, ids.to(self.lm.device), lengths)
+        return torch.where(mask, log_prob, 0.0).sum(1)
+
+    def catch_up(self, rows: Tensor, need: Tensor, ids: Tensor, lengths: Tensor) -> None:
+        """Know at least `need` (M,) laws of the present `rows`, whose tokens are `ids` (M, T), `lengths` (M,)."""
+        behind = torch.nonzero(self.depth[rows] < need).squeeze(1)
+        if len(behind):
+            late = rows[behind]
+            pending = self.force(late, self.depth[late] - 1, ids[behind.to(ids.device)], lengths[behind])
+            self.adopt(pending, torch.ones_like(late, dtype=torch.bool))
+
+    def adopt(self, pending: Pending, accepted: Tensor) -> None:
+        """Make the new rows where `accepted` (M,) the present ones."""
+        chosen = pending.rows[accepted]
+        self.slot[chosen] = pending.slots[accepted]
+        self.depth[chosen] = pending.depth[accepted]
+
+    def forget(self, rows: Tensor, depth: Tensor) -> None:
+        """Of `rows` (M,) only the first `depth` (M,) laws are right any more."""
+        self.depth[rows] = torch.minimum(self.depth[rows], depth)
+
+    def select(self, index: Tensor) -> None:
+        """Make row i the former row `index[i]` (B,), of the same context; nothing is copied."""
+        index = index.to(self.slot.device)
+        self.slot, self.depth = self.slot[index], self.depth[index]
+
+    # Inside.
+
+    def _within(self, values: Tensor, lengths: Tensor) -> Tensor:
+        return torch.where(torch.arange(self.horizon, device=values.device) < lengths[:, None], values, 0.0)
+
+    def _free(self, count: int) -> Tensor:
+        used = torch.zeros(len(self._hidden), dtype=torch.bool, device=self.slot.device)
+        used[self.slot] = True
+        return torch.nonzero(~used).squeeze(1)[:count]
+
+    def _copy_laws(self, source: Tensor, slots: Tensor, keep: Tensor) -> None:
+        """The laws of a prefix of `keep` tokens, from slot to slot."""
+        width = int(keep.max()) + 1
+        if source is not slots:
+            self._hidden[slots, :width] = self._hidden[source, :width]
+            self._log_probs[slots, :width] = self._log_probs[source, :width]
+        if self._entropy is not None:
+            later = torch.arange(self.horizon, device=slots.device) > keep[:, None]
+            self._entropy[slots] = self._entropy[source].masked_fill(later, torch.nan)
+
+    def _choose(self, logits: Tensor, source: Source, barred: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens (L,), their log-probability with and without the bar, and where the bar leaves nothing."""
+        stuck = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        if barred is None:
+            tokens, log_prob = source.tokens(logits)
+            if not bool(torch.isfinite(log_prob).all()):
+                raise ModelError(f"{self.lm!r} gave next-token scores that are nan or +inf: its weights are broken")
+            return tokens, log_prob.double(), log_prob.double(), stuck
+        allowed = logits.masked_fill(barred, -torch.inf)
+        stuck = (allowed == -torch.inf).all(-1)
+        allowed = torch.where(stuck[:, None], 0.0, allowed)
+        tokens, log_law = source.tokens(allowed)
+        log_prob = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+        return tokens, log_law.double(), log_prob.double(), stuck
+
+    def _ended(self, ids: Tensor, live: Tensor, at: Tensor, tokens: Tensor) -> Tensor:
+        """(L,) whether rows that now have `at` tokens ended with the last one."""
+        if self.lm.ends_by_eos_alone:
+            return self.lm._is_eos(tokens)
+        over = torch.zeros(len(live), dtype=torch.bool, device=live.device)
+        for length in at.unique().tolist():
+            same = at == length
+            over[same] = self.lm.ended(ids[live[same], :length], int(length) - 1)
+        return over
+
+    def _shelve(self, state: State, rows: Tensor, old: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        """Put rows of a state away; without a state they are their old prefixes."""
+        if self.store is None:
+            return
+        if state is None:
+            self.store.copy(old, slots)
+        else:
+            self.store.put(state, rows, slots, lengths)
+
+    def _resume(self, slots: Tensor, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Step, State]:
+        """Rows of `lengths` (L,) ≥ 1 tokens, the last of which is new."""
+        if self.store is None:
+            return self.decoder.prefill(self.context[rows], ids[:, : int(lengths.max())], lengths)
+        state = self.store.take(slots, self.context[rows], lengths - 1)
+        return self.decoder.extend(state, ids.gather(1, lengths[:, None] - 1))
+
+    def _read_tails(
+        self, source: Tensor, slots: Tensor, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor
+    ) -> tuple[State, tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
+        """One forward of the tokens keep+1..length−1; gives the state, hidden states and log-probabilities.
+
+        Hidden states (M, T, H) with the mask of those that are new; log-probabilities (M, T) with theirs. Rows with a
+        short tail begin earlier, so that none runs over the cap.
+        """
+        count, device = len(rows), slots.device
+        columns = torch.arange(self.horizon, device=device)
+        mask = (columns >= keep[:, None]) & (columns < lengths[:, None])
+        log_prob = torch.zeros(count, self.horizon, dtype=torch.float64, device=device)
+        with torch.no_grad():
+            first = torch.log_softmax(self._project(self._hidden[source, keep]), -1)
+            log_prob.scatter_(1, keep[:, None], first.gather(1, ids.gather(1, keep[:, None])).double())
+            new = (columns > keep[:, None]) & (columns < lengths[:, None])
+            width = int((lengths - 1 - keep).max())
+            if width == 0:
+                return None, ((self._hidden[slots], new), log_prob, mask)
+            start = torch.minimum(keep, (lengths - 1 - width).clamp_min(0))
+            read = start[:, None] + torch.arange(width, device=device)
+            tokens = ids.gather(1, read)
+            context = self.context[rows]
+            if self.store is not None:
+                state = self.store.take(source, context, start)
+            else:
+                _, state = self.decoder.prefill(context, ids[:, : int(start.max())], start)
+            step, state = self.decoder.extend(state, tokens, count=int((lengths - 1 - keep).sum()))
+            following = read + 1
+            hidden = step.hidden.new_zeros(count, self.horizon, step.hidden.shape[2])
+            hidden.scatter_(1, following[:, :, None].expand(-1, -1, hidden.shape[2]), step.hidden)
+            scored = step.log_prob_of(ids.gather(1, following)).double()
+            later = torch.zeros_like(log_prob).scatter_(1, following, scored)
+            log_prob = torch.where(new, later, log_prob)
+        return state, ((hidden, new), log_prob, mask)
+
+
+def _compacting_index(over: Tensor) -> Tensor:
+    """Live rows, in an order that moves as few as possible: the tail's live rows fill the holes of the head."""
+    count = int((~over).sum())
+    index = torch.arange(count, device=over.device)
+    holes = torch.nonzero(over[:count]).squeeze(1)
+    index[holes] = count + torch.nonzero(~over[count:]).squeeze(1)
+    return index
