@@ -21,6 +21,9 @@ from torch.distributions import constraints
 from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge
 from lmppl.sequences import Cost, Draws, Sequences
 
+if TYPE_CHECKING:
+    from lmppl.lm.spelling import Spelling
+
 __all__ = ["Decoder", "LanguageModel", "State", "Step"]
 
 State = Any  # what a decoder needs to go on: KV cache, positions; opaque to everybody else
@@ -208,6 +211,18 @@ class LanguageModel(TorchDistribution):
         By EOS here, by stop strings in LMs that have them; the cap is not asked.
         """
         return self._is_eos(ids[:, step])
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How the V tokens spell text, found by decoding."""
+        from lmppl.lm.spelling import spelling_of
+
+        return spelling_of(self)
+
+    @property
+    def begins_text(self) -> Sequence[bool]:
+        """Whether a completion is the beginning of a text, for each of the C contexts: its first token can read so."""
+        return [True] * self.num_contexts
 
     @property
     def ends_by_eos_alone(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
+from lmppl.lm.spelling import Spelling
 
 __all__ = ["CompletionText"]
 
@@ -51,6 +52,12 @@ class CompletionText:
         for i, text in zip(alone, self._plain([trimmed[i] for i in alone]), strict=True):
             texts[i] = text
         return [self._cut(text) for text in texts] if self.stop else texts
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How the tokens spell text, stop strings left in; found by decoding the vocabulary."""
+        plain = CompletionText(self.tokenizer, tuple(self.eos_ids), (), self.vocab_size)
+        return Spelling(lambda rows, begins: plain.decode(rows, [begins] * len(rows)), self.vocab_size, self.eos_ids)
 
     def stopped(self, ids: Tensor, step: int) -> Tensor:
         """(B,) whether rows `ids` (B, ≥ step+1), without a stop string so far, hold one with the token at `step`."""
