@@ -207,7 +207,7 @@ def test_the_bound_of_a_sharpened_prior_lets_rejection_run():
 def test_the_declaration_is_data():
     lm = enumerable_lm("tabular")
     model = lm**2 * Reward(wavy, beta=0.5) * Constraint(has_no("b"))
-    assert [f.name for f in model.factors] == ["power_prior", "wavy", "has_no"] or len(model.factors) == 3
+    assert [f.name for f in model.factors][:2] == ["power_prior", "wavy"]
     graph = model.graph
     assert "feature:log_prior" in graph.dependencies("power_prior")
     assert "c" in graph.dependencies("power_prior")

@@ -1,0 +1,364 @@
+"""Guided laws: language models that add prefix scores to the prior's next-token logits, and their engines."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.inference.approximation import Sampler
+from lmppl.inference.engine import Engine, Guarantee, Part, Shard
+from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.derived import DerivedLM, count_base
+from lmppl.lm.frontier import Frontier
+from lmppl.lm.randomness import Source
+from lmppl.lm.truncation import check_truncation, keep_top_k
+from lmppl.modeling.factors import Factor, Incremental, start_incremental
+from lmppl.modeling.function_contents import content_digest
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target, log_evidence
+from lmppl.sequences import Cost, Draws, concatenate
+
+__all__ = ["DecodingEngine", "Guide", "GuidedLM", "GuidedSampler", "SteeredLM", "draw_steered", "log_prior_of"]
+
+Guide = Incremental | Callable[[LanguageModel], Incremental]
+"""Prefix scores, or what makes them once the LM is known that they are to steer."""
+
+
+class SteeredLM(DerivedLM):
+    """Base of decoding-time laws q(x_t|c, x_<t) that are computed from a prior's own next-token law.
+
+    Their steps carry, beside the scores of q, those of π0, so that one pass gives log q and log π0: `hidden` is
+    (B, k, 2V + 1), the unnormalised log q and log π0, and whether the row could only be dead.
+    """
+
+    @property
+    def prior(self) -> LanguageModel:
+        """π0."""
+        return self.base
+
+    @property
+    def branching(self) -> int:
+        """As the prior's."""
+        return self.base.branching
+
+    def max_outcomes(self) -> float:
+        """As the prior's, of which these outcomes are a part."""
+        return self.base.max_outcomes()
+
+    def bytes_per_row(self, num_tokens: int) -> int:
+        """As `LanguageModel.bytes_per_row`: scores of q and of π0 at each position of a teacher-forced row."""
+        return self.base.bytes_per_row(num_tokens) + 3 * 8 * (num_tokens + 1) * self.vocab_size
+
+
+def steered_step(scores: Tensor, prior: Tensor, dead: Tensor) -> Step:
+    """The step of a `SteeredLM` from (B, k, V) scores of q and π0 and (B, k) dead rows."""
+    vocab = scores.shape[-1]
+    hidden = torch.cat([scores, prior, dead[..., None].to(scores.dtype)], -1)
+    return Step(lambda rows: rows[:, :vocab], hidden)
+
+
+def log_prior_of(hidden: Tensor) -> Tensor:
+    """(L, V) log π0 of the next token, in nats, from rows (L, 2V + 1) of a steered step."""
+    vocab = hidden.shape[-1] // 2
+    return torch.log_softmax(hidden[:, vocab : 2 * vocab], -1)
+
+
+class GuidedLM(SteeredLM):
+    """q(x_t|c, x_<t) ∝ π0(x_t|c, x_<t) · exp(λ · weigh(x_<t, x_t)): prefix scores added to the next-token logits.
+
+    weigh(x_<t, x_t) = log ψ(x_≤t) − log ψ(x_<t), summed over the forms. With exact soft values as log ψ and λ = 1 this
+    is π* itself; otherwise it is another law, whose draws have the weights γ/q, since `draw`, `score` and
+    `token_log_probs` agree.
+
+    Where every candidate has weigh = −inf, or a form's potential is −inf already, the row can only end with γ = 0
+    (potential −inf means that every continuation is). A law must still say something there: it is π0's.
+
+    Parameters
+    ----------
+    prior : LanguageModel
+        π0.
+    form : Incremental, factor, or sequence of these
+        Prefix scores: objects of the `Incremental` protocol, factors that have such a form, or functions that make
+        one from the LM that is to be steered (`lmppl.inference.prefix_scores`).
+    strength : float
+        λ ≥ 0; 0 is π0.
+    top_k : int, optional
+        Weigh only the `top_k` most probable tokens of π0, all others get probability 0: for scores that are costly to
+        evaluate on all V. Then q does not cover (`truncated` is True), and weights cannot correct that.
+
+    Raises
+    ------
+    ModelError
+        Where the arguments are wrong, or, while decoding, where a form gives nan, +inf or another shape.
+    """
+
+    def __init__(
+        self,
+        prior: LanguageModel,
+        form: Guide | Factor | Sequence[Guide | Factor],
+        *,
+        strength: float = 1.0,
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__(prior)
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 <= strength < math.inf:
+            raise ModelError(f"strength: got {strength!r}, expected a number of at least 0 that multiplies the scores")
+        check_truncation(top_k, None)
+        self.strength, self.top_k = float(strength), top_k
+        self.guides = tuple(form) if isinstance(form, list | tuple) else (form,)
+        self.forms = tuple(_bound(guide, prior) for guide in self.guides)
+        declared = [getattr(prior, name, None) for name in ("top_k", "top_p")]
+        self.truncated = (
+            top_k is not None or bool(getattr(prior, "truncated", False)) or any(v is not None for v in declared)
+        )
+
+    def decoder(self) -> GuidedDecoder:
+        """As `LanguageModel.decoder`."""
+        return GuidedDecoder(self)
+
+    def with_contexts(self, contexts: Sequence[Any]) -> GuidedLM:
+        """The same guidance of the same prior for other contexts."""
+        prior = self.base.with_contexts(contexts)
+        return GuidedLM(prior, list(self.guides), strength=self.strength, top_k=self.top_k)
+
+    @property
+    def fingerprint(self) -> str:
+        """As `LanguageModel.fingerprint`; of the forms as much as `Model.spec_hash` sees of a function."""
+        digests = [str(getattr(form, "fingerprint", None) or content_digest(form)) for form in self.forms]  # type: ignore[arg-type]
+        parts = (self.base.fingerprint, digests, self.strength, self.top_k)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _bound(guide: Guide | Factor, prior: LanguageModel) -> Incremental:
+    """The incremental form that `guide` stands for."""
+    if isinstance(guide, Factor):
+        if guide.incremental is None:
+            raise ModelError(
+                f"guide: factor {guide.name!r} has no incremental form; give it one, or pass prefix scores such as "
+                "PrefixScore(fn)"
+            )
+        return guide.incremental
+    if isinstance(guide, Incremental):
+        return guide
+    form = guide(prior) if callable(guide) else guide
+    if not isinstance(form, Incremental):
+        raise ModelError(
+            f"guide: got {type(form).__name__}, expected an object with start, weigh, advance, potential, select and "
+            "crop (see lmppl.Incremental), a factor that has one, or a function that makes one from a language model"
+        )
+    return form
+
+
+class GuidedRows(NamedTuple):
+    """The state of the prior's decoder, and of each form."""
+
+    base: State
+    forms: tuple[Any, ...]
+
+
+class GuidedDecoder:
+    """The `Decoder` of a `GuidedLM`."""
+
+    def __init__(self, lm: GuidedLM) -> None:
+        self.lm = lm
+        self.base: Decoder = lm.base.decoder()
+        self.capabilities = self.base.capabilities - {"grad", "hidden"}
+        self.forms = lm.forms
+        self._reads_steps = any(
+            "hidden" in form.needs or "step" in inspect.signature(form.start).parameters for form in self.forms
+        )
+
+    def count_into(self, cost: Cost) -> None:
+        """Forms that run networks or functions of their own count them into `cost`."""
+        count_base(self.base, cost)
+        for form in self.forms:
+            count_base(form, cost)  # type: ignore[arg-type]
+
+    def prefill(
+        self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Step, GuidedRows]:
+        """As `Decoder.prefill`."""
+        with torch.no_grad():
+            if prefix is None or prefix.shape[1] == 0:
+                step, state = self.base.prefill(context)
+                forms = tuple(start_incremental(form, context, step) for form in self.forms)
+                return self._guided(step, forms), GuidedRows(state, forms)
+            ragged = lengths is not None and bool((lengths != prefix.shape[1]).any())
+            if self._reads_steps:
+                step, state = self.base.prefill(context)
+                forms = tuple(start_incremental(form, context, step) for form in self.forms)
+                step, state = self.base.extend(state, prefix)
+                for t, token in enumerate(prefix.unbind(1)):
+                    forms = self._advance(forms, token, Step(step.project, step.hidden[:, t : t + 1]))
+                if ragged:
+                    step, state = self.base.prefill(context, prefix, lengths)
+                else:
+                    step = Step(step.project, step.hidden[:, -1:])
+            else:
+                step, state = self.base.prefill(context, prefix, lengths)
+                forms = tuple(start_incremental(form, context, None) for form in self.forms)
+                for token in prefix.unbind(1):
+                    forms = self._advance(forms, token, None)
+            if ragged:
+                assert lengths is not None
+                forms = self._crop(forms, lengths)
+            return self._guided(step, forms), GuidedRows(state, forms)
+
+    def extend(self, state: GuidedRows, tokens: Tensor, *, grad: bool = False) -> tuple[Step, GuidedRows]:
+        """As `Decoder.extend`, without gradients."""
+        with torch.no_grad():
+            step, base = self.base.extend(state.base, tokens)
+            forms, steps = state.forms, []
+            for t, token in enumerate(tokens.unbind(1)):
+                here = step if tokens.shape[1] == 1 else Step(step.project, step.hidden[:, t : t + 1])
+                forms = self._advance(forms, token, here)
+                steps.append(self._guided(here, forms))
+            if len(steps) == 1:
+                return steps[0], GuidedRows(base, forms)
+            hidden = torch.cat([one.hidden for one in steps], 1)
+            return Step(steps[0].project, hidden), GuidedRows(base, forms)
+
+    def crop(self, state: GuidedRows, lengths: Tensor) -> GuidedRows:
+        """As `Decoder.crop`."""
+        return GuidedRows(self.base.crop(state.base, lengths), self._crop(state.forms, lengths))
+
+    def select(self, state: GuidedRows, index: Tensor) -> GuidedRows:
+        """As `Decoder.select`."""
+        forms = tuple(form.select(s, index) for form, s in zip(self.forms, state.forms, strict=True))
+        return GuidedRows(self.base.select(state.base, index), forms)
+
+    def _advance(self, states: tuple[Any, ...], token: Tensor, step: Step | None) -> tuple[Any, ...]:
+        # The protocol lets a form that reads no hidden states ignore the step.
+        return tuple(form.advance(s, token, step) for form, s in zip(self.forms, states, strict=True))  # type: ignore[arg-type]
+
+    def _crop(self, states: tuple[Any, ...], lengths: Tensor) -> tuple[Any, ...]:
+        return tuple(form.crop(s, lengths) for form, s in zip(self.forms, states, strict=True))
+
+    def _guided(self, step: Step, states: tuple[Any, ...]) -> Step:
+        """(B, 1, ·) scores of q: those of π0 plus λ · weigh; those of π0 alone for dead rows."""
+        prior = step.logits[:, -1]
+        candidates = None if self.lm.top_k is None else _most_probable(prior, self.lm.top_k)
+        some = prior if candidates is None else prior.gather(1, candidates)
+        dead = torch.zeros(len(prior), dtype=torch.bool, device=prior.device)
+        if self.lm.strength > 0.0:
+            total = torch.zeros_like(some)
+            for form, state in zip(self.forms, states, strict=True):
+                own_dead = form.potential(state) == -math.inf
+                weights = form.weigh(state, candidates).to(prior.dtype)
+                total = total + _checked(form, weights, own_dead, some.shape)
+                dead = dead | own_dead
+            some = some + self.lm.strength * total
+        dead = dead | (some == -math.inf).all(-1)
+        scores = some if candidates is None else torch.full_like(prior, -math.inf).scatter(1, candidates, some)
+        scores = torch.where(dead[:, None], prior, scores)
+        return steered_step(scores[:, None], prior[:, None], dead[:, None])
+
+
+def _most_probable(logits: Tensor, top_k: int) -> Tensor:
+    """(B, k) the most probable tokens, ties to the lower id."""
+    count = min(top_k, logits.shape[-1])
+    if count == logits.shape[-1]:
+        return torch.arange(count, device=logits.device).expand(len(logits), count)
+    return keep_top_k(logits, count).topk(count, -1).indices
+
+
+def _checked(form: Incremental, weights: Tensor, dead: Tensor, shape: torch.Size) -> Tensor:
+    """The increments of live rows, 0 for dead ones, where they have no meaning."""
+    if weights.shape != shape:
+        name = type(form).__name__
+        raise ModelError(f"{name}.weigh: got shape {tuple(weights.shape)}, expected {tuple(shape)}")
+    weights = torch.where(dead[:, None], 0.0, weights)
+    if not bool((weights < math.inf).all()):  # false for nan too
+        row, column = torch.nonzero(~(weights < math.inf))[0].tolist()
+        raise ModelError(
+            f"{type(form).__name__}.weigh: got {float(weights[row, column])} for row {row}, candidate {column}, "
+            "expected finite nats or −inf"
+        )
+    return weights
+
+
+def draw_steered(lm: SteeredLM, context: Tensor, source: Source, *, cost: Cost | None = None) -> Draws:
+    """A draw of q for each entry of `context` (B,), with log q and log π0 from the same forwards.
+
+    Rows in the order of `context`, on the CPU.
+    """
+    frontier = Frontier(lm, context, cost=cost)
+    log_q = torch.zeros(len(context), dtype=lm.dtype, device=lm.device)
+    log_prior = torch.zeros_like(log_q)
+    while len(frontier.live):
+        live = frontier.live
+        prior = log_prior_of(frontier.hidden())
+        tokens, token_log_q = source.tokens(frontier.logits())
+        log_q[live] += token_log_q
+        log_prior[live] += prior.gather(1, tokens[:, None])[:, 0]
+        frontier.append(tokens)
+    if not bool(torch.isfinite(log_q).all()):
+        raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
+    rows = frontier.sequences()
+    densities: dict[str, Any] = {"log_prior": log_prior.cpu(), "log_q": log_q.cpu()}
+    return Draws(rows.ids, rows.lengths, rows.finished, rows.context, rows.prompts, rows.decoder, **densities)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GuidedSampler(Sampler):
+    """Independent draws of a decoding-time law, which is a language model: as a proposal, its weights correct it."""
+
+    def as_language_model(self) -> LanguageModel:
+        """q as a `LanguageModel`, for `Importance(proposal=...)`, or as the next model's prior."""
+        if not isinstance(self.engine, DecodingEngine) or self.model is None:
+            raise UnsupportedModel("this approximation was not made by lmppl.infer, so its law is not known")
+        return self.engine.language_model(self.model)
+
+
+@dataclass(frozen=True)
+class DecodingEngine(Engine):
+    """Base of engines that decode a steered law: a heuristic that says its law, and keeps log q of each draw."""
+
+    guarantee = Guarantee.HEURISTIC
+
+    @abstractmethod
+    def language_model(self, model: Model) -> SteeredLM:
+        """The law that this engine decodes for `model`."""
+
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
+        """As `Engine.simulate`."""
+        lm = self.language_model(target.model)
+        context = torch.tensor(shard.contexts, dtype=torch.int64).repeat_interleave(shard.num_draws)
+        size = min(shard.batch_size, _rows_of(lm, len(context)))
+        parts = []
+        for rows in context.split(size):
+            parts.append(draw_steered(lm, rows, source, cost=target.cost))
+            done = sum(len(p) for p in parts)
+            target.report(done / len(context), {"draws": f"{done:,}"})
+        draws = target.evaluate(concatenate(parts, pad_id=lm.pad_id))
+        columns = {"shard": torch.full_like(draws.context, shard.id)}
+        return Part(shard, draws.with_columns(columns=columns), info=self.facts(target))
+
+    def facts(self, target: Target) -> dict[str, Any]:
+        """What `info` says beside the figures of the draws; plain data."""
+        return {}
+
+    def merge(self, parts: Sequence[Part]) -> GuidedSampler:
+        """As `Engine.merge`."""
+        draws = concatenate([p.draws for p in parts])
+        violating = (log_evidence(draws) == -math.inf).double()
+        counts = torch.bincount(draws.context, minlength=draws.num_contexts)
+        share = torch.bincount(draws.context, weights=violating, minlength=draws.num_contexts) / counts
+        order = torch.argsort(draws.context, stable=True)
+        info = {"violating_share": share, **parts[0].info}
+        return GuidedSampler(draws.select(order), (), self.guarantee, info)
+
+
+def _rows_of(lm: LanguageModel, num_rows: int) -> int:
+    from lmppl.lm.decoding import plan_rows
+
+    return plan_rows(lm, num_rows)
