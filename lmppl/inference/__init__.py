@@ -5,6 +5,7 @@ from lmppl.inference.best_of_n import BestOfN, best_of_n_law
 from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, infer, shard_generator, stream
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionCurve, quasi_rejection_curve
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 
@@ -21,6 +22,8 @@ __all__ = [
     "Importance",
     "Part",
     "Particles",
+    "QuasiRejection",
+    "QuasiRejectionCurve",
     "Rejection",
     "Request",
     "Sampler",
@@ -28,6 +31,7 @@ __all__ = [
     "best_of_n_law",
     "infer",
     "parse_engine",
+    "quasi_rejection_curve",
     "resolve_engine",
     "shard_generator",
     "split_engines",

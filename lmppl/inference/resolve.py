@@ -18,12 +18,13 @@ from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine, Guarantee, require_instance
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.modeling.target import TargetForm
 
 __all__ = ["ENGINES", "parse_engine", "resolve_engine", "split_engines"]
 
-ENGINES: tuple[type[Engine], ...] = (Exact, Rejection, Importance, BestOfN)
+ENGINES: tuple[type[Engine], ...] = (Exact, Rejection, Importance, QuasiRejection, BestOfN)
 """Every engine of lmppl, in the order of preference: exact, then approximate; heuristics last."""
 
 _CALL = re.compile(r"(?:(?P<module>[\w.]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?", re.DOTALL)

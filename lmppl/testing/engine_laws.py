@@ -11,7 +11,7 @@ from lmppl.errors import InfeasibleModel
 from lmppl.inference.approximation import Approximation, ExactTable
 from lmppl.inference.engine import Engine, Guarantee, Part, infer
 from lmppl.modeling.target import TargetForm
-from lmppl.testing.posterior_laws import Coverage, check_consistent, check_exact
+from lmppl.testing.posterior_laws import Coverage, check_approximate, check_consistent, check_exact
 from lmppl.testing.problems import references
 from lmppl.testing.reference import ReferencePosterior
 from lmppl.testing.reports import Report
@@ -31,8 +31,9 @@ def check_engine(
 
     Every engine: draws are outcomes of the prior with the columns that the target gives, the cost is counted, the seed
     repeats the run, shards repeat alone and in any order. EXACT: chi-square against the exact table, and log Z.
-    CONSISTENT: expectations within 4.5 standard errors, and log Z. Intervals of log Z must cover as often as they say,
-    over all runs.
+    CONSISTENT: expectations within 4.5 standard errors, and log Z. APPROXIMATE: events no further from
+    the posterior than the stated bound on the total variation allows. Intervals of log Z must cover as often as they
+    say, over all runs.
 
     Parameters
     ----------
@@ -102,6 +103,8 @@ def _check_reference(
             check_exact(report, reference, run, error_rate)
         elif engine.guarantee is Guarantee.CONSISTENT:
             check_consistent(report, reference, run)
+        elif engine.guarantee is Guarantee.APPROXIMATE:
+            check_approximate(report, reference, run)
         if engine.guarantee in (Guarantee.EXACT, Guarantee.CONSISTENT):
             coverage.add(report, reference, run)
         runs.append(run)

@@ -17,7 +17,7 @@ from lmppl.testing.reference import STATISTICS, Key, ReferencePosterior
 from lmppl.testing.reports import Report
 from lmppl.testing.statistics import chi_square_p_value, too_many_misses
 
-__all__ = ["Coverage", "check_consistent", "check_exact"]
+__all__ = ["Coverage", "check_approximate", "check_consistent", "check_exact"]
 
 STANDARD_ERRORS = 4.5
 Z_RATE = 7e-6  # two-sided, of a normal figure at 4.5 standard errors
@@ -75,6 +75,31 @@ def check_consistent(report: Report, reference: ReferencePosterior, run: Approxi
         keys = [table[rank][0] for table in ordered]
         exact = torch.tensor([table[rank][1] for table in ordered], dtype=torch.float64)
         _check_expectation(report, run, f"outcome_{rank}", _indicator(keys), exact, effective)
+
+
+def check_approximate(report: Report, reference: ReferencePosterior, run: Approximation) -> None:
+    """Probabilities of events differ from the posterior's by no more than the measured bound on TV(law, π*).
+
+    The bound is `info["total_variation_bound"]` (C,), with its standard error `total_variation_bound_error`.
+    """
+    law = "events are as probable as the bound on the total variation allows"
+    if "total_variation_bound" not in run.info or reference.posterior is None:
+        report.skip(law, "no measured bound, or no exact table")
+        return
+    bound, error = run.info["total_variation_bound"], run.info["total_variation_bound_error"]
+    for c, table in enumerate(reference.posterior):
+        keys = Counter(_keys(run.draws.select(run.draws.context == c)))
+        total = sum(keys.values())
+        strange = set(keys) - set(table)
+        report.require(not strange, "no draw lies where γ = 0", sorted(strange)[:1], "outcomes with γ > 0")
+        ordered = sorted(table.items(), key=lambda item: -item[1])[:FAVOURITES]
+        for key, exact in ordered:
+            share = keys[key] / total
+            noise = math.sqrt(max(exact * (1 - exact), share * (1 - share)) / total + float(error[c]) ** 2)
+            report.error_rate += Z_RATE
+            close = abs(share - exact) <= float(bound[c]) + STANDARD_ERRORS * noise + ROUNDING
+            got = f"{share:.4f} for an outcome of context {c}, with TV ≤ {float(bound[c]):.4f}"
+            report.require(close, law, got, f"{exact:.4f}")
 
 
 def _check_expectation(

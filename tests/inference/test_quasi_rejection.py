@@ -1,0 +1,349 @@
+"""Quasi-rejection: its law by brute force, the chain of bounds on its distance, and what a run says about itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmppl.diagnostics.divergences import kl_divergence, total_variation
+from lmppl.errors import FactorError, InfeasibleModel, ModelError
+from lmppl.inference.approximation import Sampler
+from lmppl.inference.engine import Budget, Guarantee, Request, infer, stream
+from lmppl.inference.quasi_rejection import (
+    QuasiRejection,
+    QuasiRejectionShard,
+    log_bound_of_acceptance,
+    log_quasi_acceptance,
+    quasi_rejection_curve,
+)
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence import Constraint, Reward
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target
+from lmppl.testing.enumeration import every_outcome
+from tests.models import (
+    ENUMERABLE,
+    TOLERANCE,
+    BruteForce,
+    brute_force,
+    count_of,
+    enumerable_lm,
+    goodness_of_fit,
+    has_no,
+    wavy,
+)
+
+SOFT = (Reward(wavy, beta=0.5, name="wavy"),)
+HARD = (Reward(wavy, beta=0.5, name="wavy"), Constraint(has_no("b"), name="no b"))
+BOUNDED = (Reward(wavy, beta=0.5, upper=1.0, name="wavy"), Constraint(has_no("b"), name="no b"))
+
+
+def model_of(kind: str, factors: tuple = SOFT) -> Model:
+    return Model(enumerable_lm(kind), factors)
+
+
+def weights_of(kind: str, table: BruteForce, other: bool) -> tuple[Tensor, Tensor]:
+    """log q (S,) and log γ − log q (S,) of every outcome, for the prior or for another LM as the proposal."""
+    log_q = enumerable_lm(kind, seed=3).score(table.sequences) if other else table.log_prior
+    possible = log_q > -math.inf
+    log_w = torch.full_like(log_q, -math.inf)
+    log_w[possible] = table.log_gamma[possible] - log_q[possible]
+    return log_q, log_w
+
+
+# The law, exactly.
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+@pytest.mark.parametrize("context", [0, 1])
+@pytest.mark.parametrize("factors", [SOFT, HARD], ids=["soft", "hard"])
+@pytest.mark.parametrize("other", [False, True], ids=["prior", "proposal"])
+@pytest.mark.parametrize("log_bound", [-1.5, 0.0, 1.0])
+def test_the_law_is_gamma_cut_at_the_bound_and_every_figure_is_right(kind, context, factors, other, log_bound) -> None:
+    model = model_of(kind, factors)
+    table = brute_force(model, context)
+    log_q, log_w = weights_of(kind, table, other)
+    cut = torch.minimum(table.log_gamma, log_bound + log_q)  # γ_q
+    log_zq = torch.logsumexp(cut, 0)
+    law = cut - log_zq
+    mass = log_q + log_quasi_acceptance(log_w, log_bound)
+    assert float(mass.exp().sum()) == pytest.approx(math.exp(float(log_zq) - log_bound), abs=TOLERANCE)
+    assert torch.allclose((mass - torch.logsumexp(mass, 0)).exp(), law.exp(), rtol=0, atol=TOLERANCE)
+
+    possible = log_q > -math.inf
+    bounds = torch.tensor([log_bound], dtype=torch.float64)
+    curve = quasi_rejection_curve(log_w[possible], bounds, log_masses=log_q[possible])
+    distance = total_variation(law, table.log_posterior)
+    retained = float((log_zq - table.log_z).exp())
+    tail = float(table.log_posterior.exp()[log_w >= log_bound].sum())
+    assert float(curve.acceptance.value) == pytest.approx(math.exp(float(log_zq) - log_bound), abs=TOLERANCE)
+    assert float(curve.total_variation.value) == pytest.approx(float(distance), abs=TOLERANCE)
+    assert float(curve.total_variation_bound.value) == pytest.approx(1 - retained, abs=TOLERANCE)
+    assert float(curve.tail.value) == pytest.approx(tail, abs=TOLERANCE)
+    assert float(distance) - TOLERANCE <= 1 - retained <= tail + TOLERANCE
+    assert float(curve.kl.value) == pytest.approx(float(kl_divergence(table.log_posterior, law)), abs=TOLERANCE)
+    assert float(curve.reverse_kl.value) == pytest.approx(float(kl_divergence(law, table.log_posterior)), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_weights_of_the_excess_bring_the_law_back_to_the_posterior(kind) -> None:
+    table = brute_force(model_of(kind, HARD), 0)
+    log_q, log_w = weights_of(kind, table, other=True)
+    law = log_q + log_quasi_acceptance(log_w, 0.2)
+    back = law + (log_w - 0.2).clamp_min(0.0)
+    assert torch.allclose((back - torch.logsumexp(back, 0)).exp(), table.log_posterior.exp(), rtol=0, atol=TOLERANCE)
+    assert not torch.allclose((law - torch.logsumexp(law, 0)).exp(), table.log_posterior.exp(), rtol=0, atol=1e-3)
+
+
+def poisson(mean: float) -> Tensor:
+    k = torch.arange(200, dtype=torch.float64)
+    return k * math.log(mean) - mean - torch.lgamma(k + 1)
+
+
+def test_the_arithmetic_of_two_poisson_laws() -> None:
+    """p = Poisson(11), q = Poisson(10) at b = 1/2, 1 and 2; each law truncated where it has mass below 1e-100."""
+    log_p, log_q = poisson(11.0), poisson(10.0)
+    bounds = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    curve = quasi_rejection_curve(log_p - log_q, bounds.log(), log_masses=log_q)
+    assert curve.acceptance.value.tolist() == pytest.approx([0.999, 0.877, 0.498], abs=6e-4)
+    assert curve.total_variation.value.tolist() == pytest.approx([0.123, 0.0749, 0.00353], abs=1e-4)
+    p, q = log_p.exp(), log_q.exp()
+    for k, bound in enumerate(bounds.tolist()):
+        cut = torch.minimum(p, bound * q)
+        assert float(curve.acceptance.value[k]) == pytest.approx(float(cut.sum()) / bound, abs=1e-12)
+        distance = 0.5 * (p / p.sum() - cut / cut.sum()).abs().sum()
+        assert float(curve.total_variation.value[k]) == pytest.approx(float(distance), abs=1e-12)
+    assert curve.acceptance.kind == "exact"
+    assert "TV" in str(curve)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_the_whole_engine_has_the_law_it_says(kind) -> None:
+    """One shard by enumeration: each accepted draw has the law γ_q/Z_q in each context, whatever came before it."""
+    model = Model(enumerable_lm(kind), HARD)
+    engine, log_bounds = QuasiRejection(bound=-0.3), (-0.3, -0.1)
+    for c in (0, 1):
+        target, shard = Target(model), QuasiRejectionShard(0, 1, 0, (c,), 1, 1, log_bounds)
+        found: dict = {}
+        total = 0.0
+        for probability, part in every_outcome(lambda source, t=target, s=shard: engine.simulate(t, s, source)):
+            total += probability
+            for key in part.draws.keys():  # noqa: SIM118 - a method, not a mapping's
+                found[key] = found.get(key, 0.0) + probability
+        assert total == pytest.approx(1.0, abs=TOLERANCE)
+        table = brute_force(model, c)
+        law = torch.minimum(table.log_gamma, log_bounds[c] + table.log_prior).exp() / math.exp(log_bounds[c])
+        for key, value in zip(table.sequences.keys(), law.tolist(), strict=True):
+            assert found.get(key, 0.0) == pytest.approx(value, abs=TOLERANCE)
+
+
+# Errors and estimates.
+
+
+def test_standard_errors_of_the_curve_are_those_that_repeats_show() -> None:
+    table = brute_force(model_of("tabular", HARD), 0)
+    log_q, log_w = weights_of("tabular", table, other=True)
+    bounds = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
+    exact = quasi_rejection_curve(log_w, bounds, log_masses=log_q)
+    generator = torch.Generator().manual_seed(0)
+    values: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[Tensor]] = {}
+    for _ in range(300):
+        rows = torch.multinomial(log_q.exp(), 800, replacement=True, generator=generator)
+        curve = quasi_rejection_curve(log_w[rows], bounds)
+        for name in ("acceptance", "total_variation", "total_variation_bound", "tail", "kl", "reverse_kl"):
+            estimate = getattr(curve, name)
+            values.setdefault(name, []).append(estimate.value)
+            errors.setdefault(name, []).append(estimate.standard_error)
+    for name, found in values.items():
+        spread, stated = torch.stack(found).std(0), torch.stack(errors[name]).mean(0)
+        assert torch.allclose(spread, stated, rtol=0.2, atol=1e-6), name
+        mean = torch.stack(found).mean(0)
+        assert bool(((mean - getattr(exact, name).value).abs() < 5 * spread / math.sqrt(300) + 2e-3).all()), name
+
+
+def test_the_bound_of_a_rate_gives_that_rate() -> None:
+    generator = torch.Generator().manual_seed(1)
+    log_w = torch.randn(500, generator=generator, dtype=torch.float64) * 2
+    log_w[::3] = -math.inf
+    for rate in (0.01, 0.2, 0.5, 0.65):
+        bound = log_bound_of_acceptance(log_w, rate)
+        assert float(log_quasi_acceptance(log_w, bound).exp().mean()) == pytest.approx(rate, abs=1e-12)
+    equal = torch.zeros(8, dtype=torch.float64)
+    assert log_bound_of_acceptance(equal, 0.25) == pytest.approx(math.log(4))
+    positive = int((log_w > -math.inf).sum())
+    assert log_bound_of_acceptance(log_w, positive / 500) <= float(log_w[log_w > -math.inf].min()) + 1e-12
+    with pytest.raises(InfeasibleModel, match="333 of 500 proposals have γ > 0"):
+        log_bound_of_acceptance(log_w, 0.7)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_a_run_gives_its_draws_and_figures_that_agree_with_enumeration(kind) -> None:
+    model = model_of(kind, HARD)
+    # The random networks are so sharp that another one's draws miss most of their mass, and no figure would see it.
+    other = kind == "tabular"
+    proposal = enumerable_lm(kind, seed=3) if other else None
+    result = infer(model, QuasiRejection(acceptance=0.25, proposal=proposal), 600, seed=1)
+    assert isinstance(result, Sampler)
+    assert result.guarantee is Guarantee.APPROXIMATE
+    draws = result.draws
+    assert draws.context.tolist() == [0] * 600 + [1] * 600
+    assert draws.log_weight is None
+    assert set(draws.columns) == {"shard", "proposal", "excess"}
+    for c in (0, 1):
+        table = brute_force(model, c)
+        log_q, log_w = weights_of(kind, table, other)
+        bound = result.info["log_bound"][c]
+        law = torch.minimum(table.log_gamma, bound + log_q)
+        rate = math.exp(float(torch.logsumexp(law, 0) - bound))
+        law = law - torch.logsumexp(law, 0)
+        mine = draws.select(draws.context == c)
+        assert goodness_of_fit(mine, table, law) > 1e-4
+        assert rate == pytest.approx(0.25, abs=0.08)
+        assert float(result.info["acceptance_rate"][c]) == pytest.approx(rate, abs=0.08)
+        possible = log_q > -math.inf
+        exact = quasi_rejection_curve(log_w[possible], bound[None], log_masses=log_q[possible])
+        for name in ("total_variation", "total_variation_bound", "kl", "reverse_kl"):
+            value, error = float(result.info[name][c]), float(result.info[f"{name}_error"][c])
+            assert abs(value - float(getattr(exact, name).value)) < 4.5 * error + 2e-3, name
+        best, lower = result.log_normalizer
+        assert float(best.interval[c, 0]) - 0.05 < float(table.log_z) < float(best.interval[c, 1]) + 0.05
+        assert lower.kind == "lower_bound"
+        log_zq = float(torch.logsumexp(torch.minimum(table.log_gamma, bound + log_q), 0))
+        assert float(lower.interval[c, 0]) - 0.05 < log_zq < float(lower.interval[c, 1]) + 0.05
+
+
+def run_parts(engine: QuasiRejection, model: Model, num_draws: int | None, seed: int = 0) -> list:
+    target, parts = Target(model), []
+    request = Request(num_draws, None, seed)
+    shards = engine.plan(target, request)
+    while shards:
+        parts += [engine.run_shard(target, s) for s in shards]
+        shards = engine.replan(target, request, parts)
+    return parts
+
+
+def test_the_count_of_proposals_does_not_depend_on_how_shards_are_cut() -> None:
+    """N ends with the k-th acceptance: the position of the last draw among the proposals of its context."""
+    engine, model = QuasiRejection(bound=0.5, batch=14), model_of("tabular", HARD)
+    parts = run_parts(engine, model, 20)
+    result = engine.merge(parts)
+    for c in (0, 1):
+        last = result.draws.select(result.draws.context == c)
+        shard, proposal = int(last.columns["shard"][-1]), int(last.columns["proposal"][-1])
+        before = sum(p.shard.num_draws for p in parts if p.shard.id < shard and c in p.shard.contexts)
+        assert int(result.info["proposals"][c]) == before + proposal + 1
+    assert len({p.shard.contexts for p in parts}) == 2, "a context that is done is left out of later shards"
+
+
+def test_the_pilot_counts_for_nothing_but_the_bound() -> None:
+    parts = run_parts(QuasiRejection(acceptance=0.3, pilot=200), model_of("tabular", HARD), 30)
+    assert parts[0].shard.log_bounds == ()
+    assert len(parts[0].draws) == 0
+    result = QuasiRejection(acceptance=0.3, pilot=200).merge(parts)
+    assert int(result.info["proposals"].max()) <= sum(p.shard.num_draws for p in parts[1:])
+    assert len({p.shard.log_bounds for p in parts[1:]}) == 1
+
+
+def test_a_declared_bound_is_never_exceeded_and_makes_the_law_exact() -> None:
+    model = model_of("tabular", BOUNDED)
+    result = infer(model, QuasiRejection(acceptance=0.001), 300)
+    assert result.info["log_bound"].tolist() == [2.0, 2.0]
+    assert result.info["total_variation"].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert result.info["exceeding"].tolist() == [0, 0]
+    assert float(result.info["acceptance_rate"].min()) > 0.05
+
+
+def test_equal_seeds_give_equal_draws_also_as_a_stream() -> None:
+    model, engine = model_of("tabular", HARD), QuasiRejection(acceptance=0.3)
+    first, again, other = (infer(model, engine, 40, seed=s).draws for s in (0, 0, 1))
+    assert first.keys() == again.keys() != other.keys()
+    streamed = [key for draws in stream(model, engine, 40) for key in draws.keys()]  # noqa: SIM118
+    assert sorted(streamed) == sorted(first.keys())
+
+
+def test_a_sampler_draws_more() -> None:
+    posterior = infer(model_of("tabular", HARD), QuasiRejection(bound=1.0), 20)
+    more = posterior.draw(15, generator=torch.Generator().manual_seed(3))
+    assert torch.bincount(more.context).tolist() == [15, 15]
+
+
+def test_a_budget_ends_the_run() -> None:
+    result = infer(model_of("tabular", HARD), QuasiRejection(bound=0.5, batch=32), budget=Budget(lm_tokens=2000))
+    assert result.cost.lm_tokens >= 2000
+    assert "shortfall" not in result.info
+
+
+def test_a_curve_before_sampling_predicts_the_run() -> None:
+    model = model_of("llama", HARD)
+    curves = QuasiRejection().curve(model, 3000, seed=4)
+    assert len(curves) == 2
+    for curve in curves:
+        assert curve.acceptance.value.tolist() == sorted(curve.acceptance.value.tolist(), reverse=True)
+        assert curve.total_variation.value.tolist() == sorted(curve.total_variation.value.tolist(), reverse=True)
+    chosen = float(curves[0].log_bound[1])
+    given = QuasiRejection().curve(model, 3000, seed=4, log_bounds=[chosen])
+    assert float(given[0].acceptance.value) == pytest.approx(float(curves[0].acceptance.value[1]))
+    result = infer(model, QuasiRejection(bound=chosen), 800)
+    expected = float(curves[0].acceptance.value[1])
+    assert float(result.info["acceptance_rate"][0]) == pytest.approx(expected, abs=0.06)
+
+
+def test_live_figures() -> None:
+    engine = QuasiRejection(acceptance=0.3)
+    parts = run_parts(engine, model_of("tabular", HARD), 30)
+    assert engine.live(parts[:1]) == {"pilot": "1,024"}
+    assert set(engine.live(parts)) == {"draws", "acceptance", "TV ≤"}
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (QuasiRejection(bound=0.0, acceptance=0.5), "got bound and acceptance"),
+        (QuasiRejection(bound=math.inf), "got bound=inf"),
+        (QuasiRejection(acceptance=1.0), "got acceptance=1.0"),
+        (QuasiRejection(max_tries=0), "max_tries=0"),
+        (QuasiRejection(pilot=0), "pilot=0"),
+    ],
+)
+def test_nonsense_is_refused_when_planned(engine, words) -> None:
+    with pytest.raises(ModelError, match=words):
+        infer(enumerable_lm("tabular"), engine)
+
+
+def test_an_acceptance_rate_out_of_reach_says_what_to_do() -> None:
+    rare = enumerable_lm("tabular") * Constraint(lambda texts: [t == "aaa" for t in texts], name="aaa")
+    with pytest.raises(InfeasibleModel, match=r"for context '' an acceptance rate of 0.9 .* lower acceptance="):
+        infer(rare, QuasiRejection(acceptance=0.9), 10)
+
+
+def test_nothing_accepted_bounds_the_rate() -> None:
+    with pytest.raises(InfeasibleModel, match=r"0 of 200 proposals accepted for context ''.*log M_q = 40"):
+        infer(model_of("tabular"), QuasiRejection(bound=40.0, max_tries=200), 10)
+    never = enumerable_lm("tabular") * Constraint(lambda texts: [False] * len(texts), name="never")
+    with pytest.raises(InfeasibleModel, match="have γ = 0"):
+        infer(never, QuasiRejection(), 10)
+
+
+def test_too_few_draws_are_returned_and_said(caplog) -> None:
+    with caplog.at_level("WARNING", logger="lmppl"):
+        result = infer(model_of("tabular", HARD), QuasiRejection(bound=2.0, max_tries=300), 290)
+    assert result.info["shortfall"] == ["", "ab"]
+    assert "raise max_tries" in caplog.text
+
+
+def test_a_value_above_a_declared_bound_is_an_error() -> None:
+    broken = enumerable_lm("tabular") * Reward(count_of("a"), beta=1.0, upper=1.0, name="a")
+    with pytest.raises(FactorError, match="above the declared upper"):
+        infer(broken, QuasiRejection(bound=0.0), 100)
+
+
+def test_a_proposal_must_fit_the_prior() -> None:
+    with pytest.raises(ModelError, match="proposal: got"):
+        infer(model_of("tabular"), QuasiRejection(bound=0.0, proposal=TabularLM.random(4, 3, seed=0)))
