@@ -39,11 +39,11 @@ class RowStore(Protocol):
 
 
 class Pending(NamedTuple):
-    """New versions of `rows` (M,), in `slots` (M,) that nobody else uses; `depth` (M,) laws of each are known."""
+    """New versions of `rows` (M,), of `lengths` (M,) tokens, in `slots` (M,) that nobody else uses."""
 
     rows: Tensor
     slots: Tensor
-    depth: Tensor
+    lengths: Tensor
 
 
 class Regenerated(NamedTuple):
@@ -72,8 +72,8 @@ class Shelf:
 
     Attributes
     ----------
-    depth : Tensor (B,), int64
-        Laws of the row that are known: of its tokens 1..depth.
+    known : Tensor (B,), int64
+        Leading tokens of the row that are scored; the law of the next one is known too.
 
     Notes
     -----
@@ -89,7 +89,7 @@ class Shelf:
         shelve = getattr(self.decoder.decoder, "shelve", None)
         self.store: RowStore | None = None if shelve is None else shelve(2 * batch)
         self.slot = torch.arange(batch, device=lm.device)
-        self.depth = torch.ones_like(self.slot)
+        self.known = torch.zeros_like(self.slot)
         distinct, row_of = torch.unique(self.context, return_inverse=True)
         with torch.no_grad():
             step, state = self.decoder.prefill(distinct)
@@ -109,12 +109,12 @@ class Shelf:
     # The present rows.
 
     def log_probs(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """(M, T) log p(x_t|c, x_<t) of the present `rows`, 0 after `lengths`, which must not exceed their depth."""
+        """(M, T) log p(x_t|c, x_<t) of the present `rows`, 0 after `lengths`, at most those known."""
         return self._within(self._log_probs[self.slot[rows]], lengths)
 
     def pending_log_probs(self, pending: Pending) -> Tensor:
         """(M, T) log p(x_t|c, x_<t) of new rows, 0 after the last one known."""
-        return self._within(self._log_probs[pending.slots], pending.depth)
+        return self._within(self._log_probs[pending.slots], pending.lengths)
 
     def logits(self, rows: Tensor, position: Tensor) -> Tensor:
         """(M, V) unnormalised log-probabilities of the token after the first `position` (M,) tokens of `rows`."""
@@ -151,7 +151,7 @@ class Shelf:
         Parameters
         ----------
         rows, keep : Tensor (M,), int64
-            keep < depth of each row.
+            keep ≤ known of each row.
         ids : Tensor (M, T), int64
             The rows' tokens.
         source : Source
@@ -215,7 +215,7 @@ class Shelf:
         Parameters
         ----------
         rows, keep : Tensor (M,), int64
-            keep < depth of each row.
+            keep ≤ known of each row.
         ids : Tensor (M, T), int64
             Rows that agree with the present ones in the first `keep` tokens.
         lengths : Tensor (M,), int64
@@ -248,27 +248,27 @@ class Shelf:
         return torch.where(mask, log_prob, 0.0).sum(1)
 
     def catch_up(self, rows: Tensor, need: Tensor, ids: Tensor, lengths: Tensor) -> None:
-        """Know at least `need` (M,) laws of the present `rows`, whose tokens are `ids` (M, T), `lengths` (M,)."""
-        behind = torch.nonzero(self.depth[rows] < need).squeeze(1)
+        """Know at least `need` (M,) tokens of the present `rows`, which are `ids` (M, T), `lengths` (M,)."""
+        behind = torch.nonzero(self.known[rows] < need).squeeze(1)
         if len(behind):
             late = rows[behind]
-            pending = self.force(late, self.depth[late] - 1, ids[behind.to(ids.device)], lengths[behind])
+            pending = self.force(late, self.known[late], ids[behind.to(ids.device)], lengths[behind])
             self.adopt(pending, torch.ones_like(late, dtype=torch.bool))
 
     def adopt(self, pending: Pending, accepted: Tensor) -> None:
         """Make the new rows where `accepted` (M,) the present ones."""
         chosen = pending.rows[accepted]
         self.slot[chosen] = pending.slots[accepted]
-        self.depth[chosen] = pending.depth[accepted]
+        self.known[chosen] = pending.lengths[accepted]
 
-    def forget(self, rows: Tensor, depth: Tensor) -> None:
-        """Of `rows` (M,) only the first `depth` (M,) laws are right any more."""
-        self.depth[rows] = torch.minimum(self.depth[rows], depth)
+    def forget(self, rows: Tensor, keep: Tensor) -> None:
+        """Of `rows` (M,) only the first `keep` (M,) tokens are the same as before."""
+        self.known[rows] = torch.minimum(self.known[rows], keep)
 
     def select(self, index: Tensor) -> None:
         """Make row i the former row `index[i]` (B,), of the same context; nothing is copied."""
         index = index.to(self.slot.device)
-        self.slot, self.depth = self.slot[index], self.depth[index]
+        self.slot, self.known = self.slot[index], self.known[index]
 
     # Inside.
 

@@ -74,7 +74,7 @@ class ChainState:
         return self.shelves[id(lm)][1]
 
     def caught_up(self, lm: LanguageModel, rows: Tensor, need: Tensor) -> Shelf:
-        """The same, with at least the first `need` (M,) laws of `rows` (M,) known."""
+        """The same, with at least the first `need` (M,) tokens of `rows` (M,) known."""
         shelf = self.shelf(lm)
         device = shelf.slot.device
         ids, lengths = self.draws.ids[rows], self.draws.lengths[rows]
@@ -188,10 +188,10 @@ def _adopt(state: ChainState, proposal: Proposal, accepted: Tensor) -> None:
     written = {id(shelf) for shelf, _ in proposal.pending}
     for shelf, pending in proposal.pending:
         shelf.adopt(pending, accepted.to(shelf.slot.device))
-    moved, depth = proposal.rows[accepted], proposal.keep[accepted] + 1
+    moved, keep = proposal.rows[accepted], proposal.keep[accepted]
     for _, shelf in state.shelves.values():
         if id(shelf) not in written:
-            shelf.forget(moved.to(shelf.slot.device), depth.to(shelf.slot.device))
+            shelf.forget(moved.to(shelf.slot.device), keep.to(shelf.slot.device))
 
 
 def _spread(values: Tensor, rows: Tensor, count: int, rest: float) -> Tensor:

@@ -216,7 +216,7 @@ def _regenerated(
     own = lm is prior
     # What the acceptance reads of the old row: nothing but its prefix where q = π0 and positions are known from |x|.
     simple = own and (kernel is None or (kernel.index != "entropy" and kernel.ratio == "conditioned"))
-    shelf = state.caught_up(lm, rows, keep + 1 if simple else lengths)
+    shelf = state.caught_up(lm, rows, keep if simple else lengths)
     device = shelf.slot.device
     there, kept = rows.to(device), keep.to(device)
     old_q = None if simple else shelf.log_probs(there, lengths.to(device)).cpu()
