@@ -108,7 +108,7 @@ class Contrastive(TwistLoss):
     def __call__(self, rollouts: Rollouts) -> Tensor:
         """See `TwistLoss`."""
         r = rollouts
-        total = r.log_psi.new_zeros(())
+        total = 0.0 * r.log_psi.sum()
         for c in torch.unique(r.context).tolist():
             rows = r.context == c
             prior, posterior = r.log_prior_weight[rows], r.log_posterior_weight[rows]
