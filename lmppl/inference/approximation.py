@@ -156,7 +156,24 @@ class Particles(Approximation):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chains(Approximation):
-    """Dependent draws, with columns `chain` and `step`."""
+    """Dependent draws, with columns `chain` and `step`, as many of each chain.
+
+    The error of an expectation is the Monte Carlo standard error of the chains (`lmppl.diagnostics.mcse`); with fewer
+    than 4 steps that of independent chains' means, and nan for a single one.
+    """
+
+    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+        from lmppl.diagnostics.chains import MIN_STEPS, mcse
+
+        chain, step = (self.draws.columns[name][rows] for name in ("chain", "step"))
+        count = len(chain.unique())
+        order = torch.argsort(chain * (int(step.max()) + 1) + step, stable=True)
+        values = (influence * len(influence))[order].view(count, -1)
+        if float(values.max()) == float(values.min()):
+            return influence.new_zeros(())
+        if values.shape[1] < MIN_STEPS:
+            return values.mean(1).std() / count**0.5
+        return influence.new_tensor(mcse(values).value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

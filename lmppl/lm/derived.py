@@ -144,6 +144,11 @@ class _TemperedDecoder:
         """As `Decoder.select`."""
         return self.base.select(state, index)
 
+    def shelve(self, num_slots: int) -> Any:
+        """The base decoder's room for rows, where it has any: states are the same."""
+        shelve = getattr(self.base, "shelve", None)
+        return None if shelve is None else shelve(num_slots)
+
 
 def count_base(base: Decoder, cost: Cost) -> None:
     """Let a decoder that is wrapped count into `cost` what it does beside its own calls."""

@@ -37,12 +37,15 @@ class StepInfo(NamedTuple):
         Log-probability of that, in nats; nan where nothing was proposed.
     position : Tensor (B,), int64
         Tokens of the row that the proposal left alone, before the first it may have changed; −1 where there was none.
+    log_phi : Tensor (B,)
+        log φ of the proposed row, in nats; −inf where its evidence was not asked for, nan where nothing was proposed.
     """
 
     kernel: str
     accepted: Tensor
     log_acceptance: Tensor
     position: Tensor
+    log_phi: Tensor
 
 
 @dataclass(eq=False)
@@ -146,10 +149,12 @@ def metropolis_hastings(
     possible = torch.nonzero(proposal.log_ratio > -torch.inf).squeeze(1)
     new = _evaluated(state.target, proposal, possible, draws)
     log_alpha = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
+    log_phi = torch.full_like(log_alpha, -torch.inf)
     if len(possible):
         old = evidence(draws.select(rows[possible]))
         scale = power[rows[possible]] if isinstance(power, Tensor) and power.dim() else power
-        log_alpha[possible] = log_acceptance(proposal.log_ratio[possible], evidence(new), old, scale)
+        log_phi[possible] = evidence(new)
+        log_alpha[possible] = log_acceptance(proposal.log_ratio[possible], log_phi[possible], old, scale)
     accepted = source.accept(log_alpha)
     index = torch.arange(len(draws))
     place = torch.full((len(rows),), -1)
@@ -163,6 +168,7 @@ def metropolis_hastings(
         _spread(accepted, rows, len(draws), False),
         _spread(log_alpha, rows, len(draws), torch.nan),
         _spread(proposal.keep, rows, len(draws), -1),
+        _spread(log_phi, rows, len(draws), torch.nan),
     )
     return replace(state, draws=draws), info
 

@@ -253,8 +253,7 @@ def _regenerated(
         log_index = [torch.zeros(len(rows), horizon, dtype=torch.float64)] * 2
         if kernel is not None:
             log_index = [
-                kernel.log_index_law(n, horizon, e)
-                for n, e in zip((lengths, new_lengths), entropies, strict=True)
+                kernel.log_index_law(n, horizon, e) for n, e in zip((lengths, new_lengths), entropies, strict=True)
             ]
         before = Scores(draws.ids[rows], lengths, old_prior, old_q, log_index[0])
         after = Scores(ids, new_lengths, new_prior, new_q, log_index[1])

@@ -1,0 +1,282 @@
+"""MCMC: batches of chains over sequences, run by a kernel that leaves π* invariant."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lmppl.diagnostics.normalizers import log_mean_weight, log_mean_weight_bounded, stack
+from lmppl.errors import ModelError
+from lmppl.inference.approximation import LEVEL, Chains
+from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
+from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo
+from lmppl.inference.mcmc.kernels import Mixture, Restart
+from lmppl.inference.mcmc.starts import Start, start_draws
+from lmppl.inference.mcmc.summary import Tally, chain_figures, stuck
+from lmppl.lm.randomness import Source
+from lmppl.modeling.target import Target, TargetForm
+from lmppl.sequences import Draws, Estimate, concatenate
+
+__all__ = ["MCMC", "ChainShard"]
+
+log = logging.getLogger(__name__)
+
+SEGMENT = 32  # kept steps of one shard
+
+
+@dataclass(frozen=True)
+class ChainShard(Shard):
+    """A segment of steps of all chains: `warmup` steps, then `steps` kept ones, `thin` steps apart."""
+
+    steps: int = 1
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class MCMC(Engine):
+    """Chains over whole sequences: each step proposes new rows for all chains at once and accepts them by π*.
+
+    Their draws have the law π* in the limit of many steps, whatever the kernel; the figures in `info` say whether the
+    chains agree with each other and with their own past. **Chains that agree can all have missed a mode**: no figure
+    of chains shows mass that none of them visited.
+
+    All chains and contexts are one batch. Caches live across steps: a step costs the tokens that it writes.
+
+    Parameters
+    ----------
+    num_chains : int
+        Chains per context.
+    num_steps : int
+        Kept steps of each chain, where `infer` is not told; `infer(num_draws=n)` keeps ⌈n / num_chains⌉.
+    warmup : int
+        Steps before the first kept one, dropped.
+    thin : int
+        Keep every `thin`-th step.
+    kernel : Kernel
+        By default `Mixture()`: `Restart()` and `SuffixResample()` in turn, at random.
+    start : "prior", Draws, Approximation, Engine or name of one
+        Where chains start: at draws of the prior with γ > 0, at given draws (sampled by their weights), at another
+        engine's.
+    max_tries : int
+        Draws of the prior per context that finding starts may take; chains share them where they are fewer.
+
+    Raises
+    ------
+    InfeasibleModel
+        Where no start with γ > 0 is found.
+    ModelError
+        Where a proposal does not fit the prior.
+
+    Notes
+    -----
+    `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ, `log_prior`,
+    `length`), `chain_notes`; `acceptance` (C,) by kernel and `acceptance_by_position` (T,) by kernel; `stuck` chains by
+    context, which are warned about; `starts` (C,), how many chains had a start of their own. Where rows come from
+    `Restart()`, its proposals are independent draws of the prior, so that log Ẑ comes with them. With the kernel
+    `Restart()` and a bound on every factor, `certificate` (C,) bounds the distance of the last draws to π*: TV ≤
+    (1 − Z/M)^n, Z at the lower end of its interval.
+
+    With a factor declared `stochastic=True`, a non-negative unbiased estimate of φ takes its place: the estimate of the
+    present row is kept until the row goes (pseudo-marginal MCMC), and π* has E[φ̂] in place of φ.
+
+    References
+    ----------
+    hastings1970, tierney1994, vehtari2021, margossian2024, andrieu2009, mengersen1996
+    """
+
+    num_chains: int = 64
+    num_steps: int = 64
+    warmup: int = 50
+    thin: int = 1
+    kernel: Kernel = field(default=Mixture(), repr=False)
+    start: Start = field(default="prior", repr=False)
+    max_tries: int = 4096
+
+    name: ClassVar[str] = "mcmc"
+    guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
+    sequential: ClassVar[bool] = True
+    references: ClassVar[tuple[str, ...]] = (
+        "hastings1970", "tierney1994", "vehtari2021", "margossian2024", "andrieu2009", "mengersen1996",
+    )  # fmt: skip
+
+    def cite(self) -> str:
+        """BibTeX of the engine and of its kernel."""
+        from lmppl.inference.citations import bibtex
+
+        kernels = self.kernel.kernels if isinstance(self.kernel, Mixture) else (self.kernel,)
+        keys = [*self.references, *(key for k in kernels for key in k.references)]
+        return bibtex(tuple(dict.fromkeys(keys)))
+
+    def unsupported_reason(self, form: TargetForm) -> str | None:
+        """None: estimates of φ are as good as φ here, and nothing else is asked of a factor."""
+        return None
+
+    @property
+    def default_draws(self) -> int:
+        """Kept steps of all chains."""
+        return self.num_chains * self.num_steps
+
+    def plan(self, target: Target, request: Request) -> list[Shard]:
+        self._check(target)
+        wanted = self.wanted(request)
+        steps = SEGMENT if wanted is None else -(-wanted // self.num_chains)
+        counts = [min(SEGMENT, steps - done) for done in range(0, steps, SEGMENT)]
+        return [
+            self._shard(target, number, count, self.warmup if number == 0 else 0, request.seed)
+            for number, count in enumerate(counts)
+        ]
+
+    def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
+        if request.num_draws is not None or request.budget is None:
+            return []
+        last = parts[-1].shard
+        return [self._shard(target, last.id + 1, SEGMENT, 0, request.seed)]
+
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
+        assert isinstance(shard, ChainShard)
+        context = torch.tensor(shard.contexts).repeat_interleave(self.num_chains)
+        if state is None:
+            starts = start_draws(self.start, target, context, source, max_tries=self.max_tries, seed=shard.seed)
+            draws, facts = starts.draws, {"step": 0, "starts": starts.distinct}
+        else:
+            draws, facts = _restored(state, target), {"step": state["step"], "starts": state["starts"]}
+        chains = self.kernel.start(target, draws)
+        tally = Tally(context, target.form.num_contexts, target.form.horizon)
+        proposed: list[Tensor] = []
+        kept = []
+        total = shard.warmup + shard.steps * self.thin
+        for number in range(total):
+            chains, info = self.kernel.step(chains, source)
+            if number >= shard.warmup:
+                tally.add(info)
+                if (number - shard.warmup + 1) % self.thin == 0:
+                    kept.append(self._kept(chains, int(facts["step"]) + len(kept), shard.id))
+            proposed += _prior_evidence(self.kernel, info)
+            target.report((number + 1) / total, _figures(number, shard, info))
+        facts["step"] = int(facts["step"]) + len(kept)
+        part = {
+            "state": {**_plain(chains.draws), **facts},
+            "tally": tally.counts,
+            "log_phi": torch.stack(proposed) if proposed else torch.zeros(0, len(context), dtype=torch.float64),
+            "log_upper": target.form.log_upper,
+            "num_chains": self.num_chains,
+            "steps": total,
+        }
+        return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
+
+    def merge(self, parts: Sequence[Part]) -> Chains:
+        draws = concatenate([p.draws for p in parts])
+        draws = draws.select(torch.argsort(draws.context, stable=True))
+        by_kernel, by_position = Tally.rates([p.info["tally"] for p in parts])
+        still = stuck(draws)
+        info = {
+            **chain_figures(draws),
+            "acceptance": by_kernel,
+            "acceptance_by_position": by_position,
+            "stuck": still,
+            "starts": parts[0].info["state"]["starts"],
+        }
+        for c, chains in still.items():
+            log.warning(
+                "mcmc: %d of %d chains never moved in context %r (chains %s); their draws are copies of one text: "
+                "longer runs, a kernel with smaller moves, or other starts",
+                len(chains), self.num_chains, draws.prompts[c], ", ".join(map(str, chains[:8])),
+            )  # fmt: skip
+        normalizers = _normalizers(parts, draws.num_contexts)
+        if normalizers and isinstance(self.kernel, Restart) and math.isfinite(float(parts[0].info["log_upper"])):
+            info["certificate"] = _certificate(parts, normalizers[0])
+        return Chains(draws, normalizers, self.guarantee, info)
+
+    def live(self, parts: Sequence[Part]) -> dict[str, str]:
+        by_kernel, _ = Tally.rates([p.info["tally"] for p in parts])
+        accepted = {f"accepted ({name})": f"{float(rate.mean()):.0%}" for name, rate in by_kernel.items()}
+        return {"draws": f"{sum(len(p.draws) for p in parts):,}", **accepted}
+
+    def _check(self, target: Target) -> None:
+        for name, least in (("num_chains", 1), ("num_steps", 1), ("warmup", 0), ("thin", 1), ("max_tries", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ModelError(f"{self.name}: got {name}={value}, expected at least {least}")
+        if not isinstance(self.kernel, Kernel):
+            raise ModelError(
+                f"{self.name}: got kernel={self.kernel!r}, expected a kernel such as SuffixResample(), an instance"
+            )
+        self.kernel.check(target)
+
+    def _shard(self, target: Target, number: int, steps: int, warmup: int, seed: int) -> ChainShard:
+        contexts = tuple(range(target.form.num_contexts))
+        base = make_shard(target, number, steps * self.num_chains, seed, contexts)
+        return ChainShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size, steps, warmup)
+
+    def _kept(self, chains: ChainState, step: int, shard: int) -> Draws:
+        draws = chains.draws
+        number = torch.arange(len(draws)) % self.num_chains
+        columns = {
+            "chain": number,
+            "step": torch.full_like(number, step),
+            "shard": torch.full_like(number, shard),
+        }
+        return draws.with_columns(columns=columns)
+
+
+def _prior_evidence(kernel: Kernel, info: StepInfo) -> list[Tensor]:
+    """log φ (B,) of independent draws of the prior, where the step proposed such."""
+    kernels = kernel.kernels if isinstance(kernel, Mixture) else (kernel,)
+    restarts = [k for k in kernels if isinstance(k, Restart)]
+    if info.kernel != Restart.name or any(k.proposal is not None for k in restarts):
+        return []
+    return [info.log_phi]
+
+
+def _normalizers(parts: Sequence[Part], num_contexts: int) -> tuple[Estimate, ...]:
+    """log Ẑ from the restarts' proposals; with a bound, the interval that holds at every N comes first."""
+    log_phi = torch.cat([p.info["log_phi"] for p in parts])
+    if len(log_phi) == 0:
+        return ()
+    columns = [log_phi[:, rows].flatten() for rows in torch.arange(log_phi.shape[1]).chunk(num_contexts)]
+    log_bound = float(parts[0].info["log_upper"])
+    delta = stack([log_mean_weight(w, LEVEL) for w in columns])
+    if math.isfinite(log_bound) and len(columns[0]) > 1:
+        return stack([log_mean_weight_bounded(w, log_bound, LEVEL) for w in columns]), delta
+    return (delta,)
+
+
+def _certificate(parts: Sequence[Part], normalizer: Estimate) -> Tensor:
+    """(C,) (1 − Z/M)^n after all n steps, with Z at the lower end of its interval: 1 where that is 0."""
+    assert normalizer.interval is not None
+    steps = sum(int(p.info["steps"]) for p in parts)
+    share = torch.exp(normalizer.interval[:, 0] - float(parts[0].info["log_upper"])).clamp_max(1.0)
+    return torch.exp(steps * torch.log1p(-share))
+
+
+def _figures(number: int, shard: ChainShard, info: StepInfo) -> dict[str, str]:
+    moved = info.accepted[info.position >= 0]
+    rate = f"{float(moved.double().mean()):.0%}" if len(moved) else "—"
+    phase = "warm-up" if number < shard.warmup else "step"
+    return {phase: f"{number + 1}", f"accepted ({info.kernel})": rate}
+
+
+def _plain(draws: Draws) -> dict[str, Any]:
+    """The rows as plain tensors: what the next segment starts from."""
+    return {
+        "ids": draws.ids,
+        "lengths": draws.lengths,
+        "finished": draws.finished,
+        "context": draws.context,
+        "log_prior": draws.log_prior,
+        "features": dict(draws.features),
+        "log_factors": dict(draws.log_factors),
+    }
+
+
+def _restored(state: Mapping[str, Any], target: Target) -> Draws:
+    return Draws(
+        state["ids"], state["lengths"], state["finished"], state["context"], target.contexts, target.prior.decode,
+        log_prior=state["log_prior"], features=dict(state["features"]), log_factors=dict(state["log_factors"]),
+    )  # fmt: skip
