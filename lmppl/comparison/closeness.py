@@ -45,6 +45,9 @@ HEAVY = f"k̂ > {KHAT_LIMIT}: weighted figures of this row are not to be trusted
 UNSEEN = "no draw has γ = 0; if q gives such texts any probability, this is ∞"
 NONE_SEEN = "95 % bound: no draw shows it"
 ALL_ZERO = "every draw has γ = 0"
+SWEEPS = "bound for one draw of one sweep: log Z − E[log Ẑ]"
+NO_MASS = "draws with γ = 0 have weight 0"
+FEWEST = "the fewest over log π0, the length and each factor, by the errors of sweeps or chains"
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}  # how far a table of log-probabilities is from summing to 1
 
 
@@ -62,6 +65,8 @@ def closeness(law: Law, reference: Reference | None, context: int) -> dict[str, 
     if law.kind == "posterior":
         zero = Figure(0.0, 0.0, note=BY_CONSTRUCTION)
         figures = {"kl_reverse": zero, "kl_forward": zero, "tv": zero, "zero": zero}
+    elif law.kind == "weighted":
+        figures = _of_sweeps(law, reference, context)
     else:
         log_q = None if reference is None else law.log_q(reference, context)
         if reference is not None and reference.enumerated and log_q is not None:
@@ -170,9 +175,66 @@ def _without_density(law: Law, reference: Reference | None, context: int) -> dic
     return figures
 
 
+def _of_sweeps(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
+    """The law q of one draw of one sweep: KL(q‖π*) ≤ log Z − E[log Ẑ | Ẑ > 0] − log Pr(Ẑ > 0), and TV from it.
+
+    Chains have no such bound: what they have not reached shows nowhere.
+    """
+    unknown = missing(UNKNOWN_DENSITY)
+    figures = {"kl_reverse": unknown, "kl_forward": unknown, "tv": unknown, "zero": Figure(0.0, 0.0, note=NO_MASS)}
+    sweeps = law.approximation.info.get("log_z_sweeps")
+    if sweeps is None:
+        return figures
+    own, alive = sweeps[context], sweeps[context] > -math.inf
+    log_z, error = float(torch.logsumexp(own, 0)) - math.log(len(own)), 0.0
+    if reference is not None:
+        log_z, error = float(reference.log_z[context]), float(reference.log_z_error[context])
+    found = own[alive]
+    value = max(0.0, log_z - float(found.mean()) - math.log(float(alive.double().mean())))
+    spread = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    total = math.hypot(spread, error)
+    trusted = reference is not None and reference.exact
+    note = SWEEPS if trusted else f"{SWEEPS}, {OWN_LOG_Z}"
+    relation: Relation = "≤" if trusted else "≈"
+    figures["kl_reverse"] = Figure(value, None if math.isnan(total) else total, relation=relation, note=note)
+    tv = min(math.sqrt(value / 2), math.sqrt(-math.expm1(-value)))
+    figures["tv"] = Figure(tv, relation=relation, note=f"from KL(q‖π*): {note}")
+    return figures
+
+
+def _effective_draws(law: Law, context: int) -> Figure:
+    """Independent draws of π* that would be as good: the fewest over log π0, the length and each log φ.
+
+    For a scalar h it is Var(h)/SE(ĥ)², with the error that the sweeps or chains state.
+    """
+    rows = law.draws.context == context
+    draws, weights = law.draws.select(rows), law.weights[rows]
+    scalars = [draws.lengths.double(), *(value.double() for value in draws.log_factors.values())]
+    if draws.log_prior is not None:
+        scalars.append(draws.log_prior.double())
+    found = []
+    for values in scalars:
+        inside = weights > 0
+        centred = torch.where(inside, values - (weights[inside] * values[inside]).sum(), 0.0)
+        variance = float((weights * centred.square()).sum())
+        error = law.error_of_mean(weights * centred, context)
+        if variance > 0 and error > 0:
+            found.append(variance / error**2)
+        elif variance > 0 and math.isnan(error):
+            return missing("one sweep, or one chain that is too short, states no error")
+    return Figure(min(found), note=FEWEST) if found else missing("its draws do not differ")
+
+
 def _effective(law: Law, context: int) -> dict[str, Figure]:
     rows = law.draws.context == context
     count = int(rows.sum())
+    if law.kind == "weighted":
+        k_hat = law.approximation.info.get("khat")
+        value = math.nan if k_hat is None else float(k_hat[context])
+        shown = missing("chains have no weights" if k_hat is None else "undefined for these weights")
+        if not math.isnan(value):
+            shown = Figure(value, note=HEAVY if value > KHAT_LIMIT else "")
+        return {"ess": _effective_draws(law, context), "k_hat": shown}
     if law.has_weights:
         log_w = _log_weights(law, context)
         if float(zero_weight_share(log_w)) == 1.0:
@@ -206,7 +268,8 @@ def _noise(law: Law, reference: Reference | None, context: int) -> dict[str, Fig
     p = reference.weights[table].cpu()
     keys = reference.draws.select(table).keys()
     distance = sum(abs(mass.pop(key, 0.0) - q) for key, q in zip(keys, p.tolist(), strict=True)) + sum(mass.values())
-    number = _effective(law, context)["ess"].value if law.kind == "proposal" else float(len(weights))
+    weighted = law.kind in ("proposal", "weighted")
+    number = _effective(law, context)["ess"].value if weighted else float(len(weights))
     return {
         "tv_draws": Figure(0.5 * distance),
         "tv_draws_exact": Figure(expected_total_variation(p, max(1, round(number or 1.0)))),

@@ -68,6 +68,9 @@ def compare(
     - an engine whose draws carry weights w = γ/q (importance sampling): the divergences are those of its proposal q,
       before weighting. Its log Z, means and KL to the prior are estimates under π*, corrected by the weights, and
       ESS and k̂ say how far the correction can be trusted;
+    - sweeps of particles, and chains: their means are estimates under π*, with the error of the sweeps or chains. One
+      draw has no known density; of a sweep KL(q‖π*) ≤ log Z − E[log Ẑ] is shown. Their ESS is the number of
+      independent draws of π* that would leave the same errors;
     - a language model: q itself, taken as it is; the weights γ/q only measure it. To correct it instead, pass
       `Importance(proposal=q)`. The prior is always the first row;
     - a heuristic: its own law; best-of-n has the bound KL(q‖π0) ≤ log n − (n−1)/n, and its exact law where π* is a

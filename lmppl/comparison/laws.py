@@ -22,8 +22,9 @@ from lmppl.sequences import Draws
 __all__ = ["Law", "law_of"]
 
 NO_WEIGHTS = "a heuristic: its draws have no weights towards π*"
+NO_LOG_Z = "chains give no estimate of log Z"
 
-Kind = Literal["posterior", "proposal", "policy", "other"]
+Kind = Literal["posterior", "proposal", "weighted", "policy", "other"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,9 @@ class Law:
     ----------
     kind : str
         "posterior": q = π* by construction. "proposal": draws of q, which the engine's weights w = γ/q correct.
-        "policy": draws of q, taken as they are; the weights only measure. "other": the density of q is not known.
+        "weighted": particles of sweeps, or chains, whose (weighted) means stand for π*, while one draw has no known
+        density. "policy": draws of q, taken as they are; the weights only measure. "other": the density of q is not
+        known.
     q : str
         Its name, for people.
     approximation : Approximation
@@ -69,7 +72,7 @@ class Law:
         By a factor that can be −inf, or where another LM than the prior draws what π0 may exclude.
         """
         model = self.approximation.model
-        if self.kind == "posterior":
+        if self.kind in ("posterior", "weighted"):
             return False
         if model is None or any(f.hard is not False for f in model.factors):
             return True
@@ -82,6 +85,10 @@ class Law:
             return self.draws.weights
         counts = torch.bincount(self.draws.context, minlength=self.draws.num_contexts)
         return 1.0 / counts[self.draws.context].double()
+
+    def error_of_mean(self, influence: Tensor, context: int) -> float:
+        """The standard error of a mean under the weights, from w̄ (f − f̂) of the draws of one context."""
+        return float(self.approximation.error_of_mean(influence, self.draws.context == context))
 
     def log_q(self, reference: Reference, context: int) -> Tensor | None:
         """(S,) log q of the reference's rows of one context, in nats; None where it cannot be computed."""
@@ -131,6 +138,8 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None) ->
         if approximation.model is not None and _drawn_from_prior(approximation.draws):
             return Law("proposal", "π0", approximation, approximation.model.prior)
         return Law("proposal", "a proposal", approximation)
+    if approximation.guarantee is Guarantee.CONSISTENT:
+        return Law("weighted", "→ π*", approximation)
     return Law("other", "its own", approximation)
 
 

@@ -6,6 +6,7 @@ Four kinds: `Particles` (a weighted set), `Chains` (dependent draws), `Sampler` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -84,7 +85,7 @@ class Approximation:
             rows = self.draws.context == c
             w, f = weights[rows], values[rows]
             means.append(torch.where(w > 0, w * f, 0.0).sum())
-            errors.append(self._error(torch.where(w > 0, w * (f - means[-1]), 0.0), rows))
+            errors.append(self.error_of_mean(torch.where(w > 0, w * (f - means[-1]), 0.0), rows))
         value, error = torch.stack(means), torch.stack(errors)
         if isinstance(self, ExactTable) and self.enumerated:
             return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
@@ -113,7 +114,7 @@ class Approximation:
             "can run, or train a policy"
         )
 
-    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+    def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
         """The standard error of a weighted mean of one context from w̄ (f − f̂) (n,) of its draws, `rows` (N,) bool."""
         return influence.square().sum().sqrt()
 
@@ -142,10 +143,10 @@ class Particles(Approximation):
     an expectation is then √(S/(S−1) Σ_s u_s²), u_s the sum of w̄ (f − f̂) over sweep s of S, and nan for a single one.
     """
 
-    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+    def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
         sweep = self.draws.columns.get("sweep")
         if sweep is None:
-            return super()._error(influence, rows)
+            return super().error_of_mean(influence, rows)
         labels, of = torch.unique(sweep[rows].to(influence.device), return_inverse=True)
         count = len(labels)
         if count < 2:
@@ -162,7 +163,7 @@ class Chains(Approximation):
     than 4 steps that of independent chains' means, and nan for a single one.
     """
 
-    def _error(self, influence: Tensor, rows: Tensor) -> Tensor:
+    def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
         from lmppl.diagnostics.chains import MIN_STEPS, mcse
 
         chain, step = (self.draws.columns[name][rows] for name in ("chain", "step"))
@@ -172,7 +173,7 @@ class Chains(Approximation):
         if float(values.max()) == float(values.min()):
             return influence.new_zeros(())
         if values.shape[1] < MIN_STEPS:
-            return values.mean(1).std() / count**0.5
+            return values.mean(1).std() / math.sqrt(count)
         return influence.new_tensor(mcse(values).value)
 
 
