@@ -138,7 +138,7 @@ def _number(value: float, kind: str) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     if kind == "count":
-        return f"{value:,.0f}"
+        return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
     if kind == "share":
         return _percent(value)
     if kind == "seconds":
@@ -169,9 +169,13 @@ def caption(comparison: Comparison) -> list[str]:
         lines[0] += f" Averaged over {len(comparison.contexts)} contexts; `per_context` has each."
     nothing = "No exact reference: each row uses its own estimate of log Z."
     lines.append(nothing if known is None else f"π* from {known.description}.")
-    if any(row.law and row.guarantee == "consistent" for row in comparison.rows):
+    if any(row.law not in ("", "→ π*") and row.guarantee == "consistent" for row in comparison.rows):
         lines.append(
             "A weighted engine draws from its proposal, which is its q; the weights correct log Z, means and KL(·‖π0)."
+        )
+    if any(row.law == "→ π*" for row in comparison.rows):
+        lines.append(
+            "→ π*: sweeps or chains, whose means approach those of π*; ESS: as many independent draws would be as good."
         )
     if known is not None and known.enumerated:
         lines.append("TV if exact: what as many exact draws (of ESS, where weighted) show on average.")

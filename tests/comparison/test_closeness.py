@@ -12,6 +12,8 @@ from lmppl.comparison import Reference, compare
 from lmppl.comparison.closeness import closeness, expected_total_variation
 from lmppl.comparison.laws import law_of, weights_are_ratios
 from lmppl.inference import BestOfN, Exact, Importance, Rejection, best_of_n_law, infer
+from lmppl.inference.mcmc import MCMC
+from lmppl.inference.smc import SMC
 from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Model, Reward
 from tests.models import ENUMERABLE, BruteForce, brute_force, count_of, enumerable_lm, has_no, wavy
@@ -208,3 +210,36 @@ def test_smoothed_weights_are_measured_by_the_raw_ones() -> None:
     assert weights_are_ratios(smoothed.draws)
     assert law_of(smoothed).kind == "proposal"
     assert not weights_are_ratios(infer(model, BestOfN(2), 20).draws)
+
+
+@pytest.mark.parametrize("kind", ["tabular", "llama"])
+def test_sweeps_and_chains_speak_of_the_posterior_with_their_own_errors(kind: str) -> None:
+    model = soft_model(kind) * HARD
+    table = compare(model, {"sweeps": SMC(32), "chains": MCMC(32)}, num_draws=1600, seed=4)
+    for row in [r for r in table.per_context if r.label in ("sweeps", "chains")]:
+        brute = brute_force(model, row.context)
+        posterior = brute.log_posterior.exp()
+        rewards = torch.tensor(wavy(brute.sequences.text), dtype=torch.float64)
+        mean = row["mean:wavy"]
+        assert abs(mean.value - float((posterior * rewards).sum())) < 4.5 * mean.error
+        # As many independent draws of π* would leave the same error of some scalar.
+        variance = float((posterior * (rewards - mean.value) ** 2).sum())
+        assert row["ess"].value <= variance / mean.error**2 * 1.2
+        assert row["satisfied:no b"].value == 1.0
+        assert row["zero"].value == 0.0
+    (sweeps,) = [r for r in table.rows if r.label == "sweeps"]
+    assert sweeps["kl_reverse"].relation == "≤"
+    assert 0 <= sweeps["kl_reverse"].value < 0.3
+    assert sweeps["tv"].value <= math.sqrt(sweeps["kl_reverse"].value / 2) + 1e-9
+    (chains,) = [r for r in table.rows if r.label == "chains"]
+    assert chains["kl_reverse"].value is None
+
+
+def test_one_sweep_states_no_effective_size() -> None:
+    model = soft_model("tabular")
+    law = law_of(infer(model, SMC(16), 16, seed=0))
+    assert law.kind == "weighted"
+    figures = closeness(law, None, 0)
+    assert figures["ess"].value is None
+    assert "no error" in figures["ess"].note
+    assert figures["kl_reverse"].relation == "≈"  # its own log Z
