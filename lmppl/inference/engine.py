@@ -314,7 +314,8 @@ def infer(
     run = _Run.of(model, engine, Request(num_draws, budget, seed), checkpoint)
     interrupted = False
     with progress_bar(run.engine, run.request, progress) as bar:
-        run.target.watcher = lambda share, figures: bar.within(run.shard, share, figures, run.target.cost)
+        if bar.looks_within:
+            run.target.watcher = lambda share, figures: bar.within(run.shard, share, figures, run.target.cost)
         try:
             for part in run.parts():
                 bar.parts(run.done)

@@ -24,6 +24,9 @@ REFRESH = 0.1  # seconds between two looks into one shard
 class Bar:
     """Where the progress of a run is shown; this one shows nothing."""
 
+    looks_within = False
+    """Whether it shows what happens inside a shard; engines then say so step by step."""
+
     def parts(self, parts: Sequence[Part]) -> None:
         """All parts that are finished so far, after each shard."""
 
@@ -41,6 +44,8 @@ class RichBar(Bar):
     bar : rich.progress.Progress
         Where the one task is shown.
     """
+
+    looks_within = True
 
     def __init__(self, engine: Engine, request: Request, bar: Progress) -> None:
         self.engine, self.request, self.bar = engine, request, bar

@@ -106,6 +106,11 @@ class BufferedLayer(DynamicLayer):
         self._view()
 
     @property
+    def room(self) -> int:
+        """Rows that the buffers have; those beyond `rows` hold nothing."""
+        return 0 if self.key_buffer is None else len(self.key_buffer)
+
+    @property
     def tracked(self) -> bool:
         """Whether autograd follows what is held."""
         return self.key_buffer is not None and self.key_buffer.requires_grad
@@ -170,8 +175,8 @@ class BufferedCache(Cache):
     def select(self, index: Tensor) -> None:
         """Keep rows `index` (M,).
 
-        In place where no row that is copied is written to as well. That holds for the index that compaction makes,
-        and for a resampling that leaves each survivor where it was.
+        In place where the buffers have room and no row that is copied is written to as well. That holds for the index
+        that compaction makes, and for a resampling that leaves each survivor where it was.
         """
         layers, count = self.buffers, len(index)
         if not layers:
@@ -180,7 +185,7 @@ class BufferedCache(Cache):
         source = index[target]
         still = (source >= count) | (index[source.clamp_max(count - 1)] == source)
         shared = any(layer.tracked for layer in layers)
-        if count <= layers[0].rows and not shared and bool(still.all()):
+        if count <= layers[0].room and not shared and bool(still.all()):
             for layer in layers:
                 layer.select_in_place(target, source, count)
         else:

@@ -58,6 +58,7 @@ class Frontier:
         self._state: State = state
         self._unread = False
         self._rebuild = False
+        self._parted = False  # each live row has a row of the decoder to itself
 
     def __len__(self) -> int:
         return len(self.context)
@@ -110,6 +111,7 @@ class Frontier:
         alive[self.live] = True
         self.ids, self.lengths, self.finished = self.ids[index], self.lengths[index], self.finished[index]
         self.context, self._row_of = self.context[index], self._row_of[index]
+        self._parted = False
         self.live = torch.nonzero(alive[index]).squeeze(1)
 
     def drop(self, keep: Tensor) -> None:
@@ -151,18 +153,26 @@ class Frontier:
             self._read_anew(live)
             return
         last = self.ids[live, self.lengths[live] - 1]
+        if self._parted and len(live) == len(self._step.hidden):  # each row goes on where it is
+            tokens = torch.empty_like(last)
+            tokens[self._row_of[live]] = last
+            with torch.no_grad():
+                self._step, self._state = self.decoder.extend(self._state, tokens[:, None])
+            return
         known, row_of = torch.unique(self._row_of[live] * self.lm.vocab_size + last, return_inverse=True)
         parent, token = known // self.lm.vocab_size, known % self.lm.vocab_size
-        place = _places(parent)
-        index, tokens = torch.empty_like(parent), torch.empty_like(token)
-        index[place], tokens[place] = parent, token
+        rows = torch.arange(len(parent), device=parent.device)
         with torch.no_grad():
-            if len(index) != len(self._step.hidden) or not bool(
-                (index == torch.arange(len(index), device=index.device)).all()
-            ):
-                self._state = self.decoder.select(self._state, index)
-            self._step, self._state = self.decoder.extend(self._state, tokens[:, None])
-        self._row_of[live] = place[row_of]
+            if len(parent) != len(self._step.hidden) or not parent.equal(rows):
+                place = _places(parent)
+                index, tokens = torch.empty_like(parent), torch.empty_like(token)
+                index[place], tokens[place] = parent, token
+                token, row_of = tokens, place[row_of]
+                if len(index) != len(self._step.hidden) or not index.equal(rows):
+                    self._state = self.decoder.select(self._state, index)
+            self._step, self._state = self.decoder.extend(self._state, token[:, None])
+        self._row_of[live] = row_of
+        self._parted = len(known) == len(live)
 
     def _read_anew(self, live: Tensor) -> None:
         """One forward of the whole prefixes of the distinct live rows."""
@@ -173,6 +183,7 @@ class Frontier:
         with torch.no_grad():
             self._step, self._state = self.decoder.prefill(distinct[:, 0], distinct[:, 2:], distinct[:, 1])
         self._row_of[live] = row_of
+        self._parted = len(distinct) == len(live)
 
 
 def _places(parent: Tensor) -> Tensor:

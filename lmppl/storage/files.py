@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from lmppl.errors import StorageError
@@ -24,6 +25,11 @@ DISTRIBUTIONS = {
 
 def versions() -> dict[str, str]:
     """Versions of Python, lmppl and what it computes with, from package metadata: imports nothing."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name, distribution in DISTRIBUTIONS.items():
         try:

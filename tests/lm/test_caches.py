@@ -261,6 +261,23 @@ def test_selecting_rows(index, in_place):
     assert torch.equal(keys, torch.cat([states[index], more], 2))
 
 
+def test_rows_that_come_back_take_the_room_that_is_left():
+    cache, states = filled(4, 2, capacity=8)
+    (layer,) = cache.buffers
+    select_rows(cache, torch.tensor([0, 3]))
+    more = torch.randn(2, 2, 1, 3, dtype=torch.float64)
+    cache.update(more, -more, 0)
+    before = layer.key_buffer.data_ptr()
+    select_rows(cache, torch.tensor([0, 1, 1, 0]))
+    want = torch.cat([states[[0, 3]], more], 2)[[0, 1, 1, 0]]
+    assert torch.equal(layer.keys, want)
+    assert torch.equal(layer.values, -want)
+    assert layer.key_buffer.data_ptr() == before
+    again = torch.randn(4, 2, 1, 3, dtype=torch.float64)
+    keys, _ = cache.update(again, -again, 0)
+    assert torch.equal(keys, torch.cat([want, again], 2))
+
+
 def test_nothing_is_written_in_place_under_autograd():
     layer = BufferedLayer(8)
     first = torch.randn(2, 1, 2, 3, requires_grad=True)
