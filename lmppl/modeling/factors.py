@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lmppl.lm.base import LanguageModel, Step
     from lmppl.modeling.evidence.automata import Automaton
     from lmppl.modeling.model import Model
+    from lmppl.sequences import Sequences
 
 __all__ = ["Factor", "Feature", "Incremental", "start_incremental"]
 
@@ -168,6 +169,18 @@ class Factor:
     def kind(self) -> str:
         """The declaration's name: "Reward", "Constraint", ..."""
         return type(self).__name__
+
+    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
+        """The factor for sequences of `lm`: itself, or a copy with the prefix-by-prefix form that depends on the LM.
+
+        Parameters
+        ----------
+        lm : LanguageModel
+            The prior, whose tokens, end and horizon such a form must know.
+        log_factor : callable, optional
+            log φ of sequences (B,), cached and counted by the run that asks; by default the form evaluates by itself.
+        """
+        return self
 
     def describe(self) -> dict[str, Any]:
         """The declaration as plain data (functions by name), for hashing and serialisation."""

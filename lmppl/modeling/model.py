@@ -47,7 +47,7 @@ class Model:
                     f"factor: got {type(factor).__name__}, expected a factor such as lmppl.Reward(fn, beta=...)"
                 )
         self.prior = prior
-        self.factors = _with_unique_names(factors)
+        self.factors = tuple(factor.bind(prior) for factor in _with_unique_names(factors))
         self.features, self._columns = _merge_features(self.factors)
 
     def feature_names(self, factor: Factor) -> tuple[str, ...]:

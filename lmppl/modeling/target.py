@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Target:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.prior = model.prior
-        self.factors = model.factors
+        self.factors = tuple(f.bind(model.prior, partial(self.log_factor, f.name)) for f in model.factors)
         self.form = TargetForm.of(model)
         self.cost = Cost()
         self.watcher: Callable[[float, Mapping[str, str]], None] | None = None
@@ -148,12 +149,18 @@ class Target:
         if len(sequences) == 0:
             return {f.name: torch.zeros(0, dtype=torch.float64) for f in self.factors}
         columns = self.features(sequences) if features is None else features
-        values = {}
-        for factor in self.factors:
-            names = self.model.feature_names(factor)
-            own = {f.name: columns[n] for f, n in zip(factor.features, names, strict=True)}
-            values[factor.name] = _checked(factor, evaluate_log_factor(factor, own, sequences), sequences)
-        return values
+        return {factor.name: self._log_factor(factor, sequences, columns) for factor in self.factors}
+
+    def log_factor(self, name: str, sequences: Sequences) -> Tensor:
+        """(N,) log φ_k of the factor called `name`, in nats; of prefixes too, if its functions take them."""
+        factor = self.model[name]
+        columns = {n: self._column(n, self.model.features[n], sequences) for n in self.model.feature_names(factor)}
+        return self._log_factor(factor, sequences, columns)
+
+    def _log_factor(self, factor: Factor, sequences: Sequences, columns: Mapping[str, Tensor]) -> Tensor:
+        names = self.model.feature_names(factor)
+        own = {f.name: columns[n] for f, n in zip(factor.features, names, strict=True)}
+        return _checked(factor, evaluate_log_factor(factor, own, sequences), sequences)
 
     def log_prob_unnormalized(self, sequences: Sequences) -> Tensor:
         """(N,) log γ(x|c), in nats; −inf off the support of π0, whatever the factors say there."""

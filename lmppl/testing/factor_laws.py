@@ -54,6 +54,7 @@ def check_factor(
     """
     lm = sequences if isinstance(sequences, LanguageModel) else None
     if isinstance(sequences, LanguageModel):
+        factor = factor.bind(sequences)
         sequences = sequences.draw(num_sequences, generator=torch.Generator().manual_seed(seed)).sequences
     report = Report(f"factor {factor.name!r}")
     values = _log_phi(report, factor, sequences, lm)
@@ -172,8 +173,11 @@ def _check_incremental(
             continue
         index = torch.nonzero(rows.lengths == length).squeeze(1)
         same, wanted = rows.select(index), values[index]
-        total, before = _walk(report, form, same, int(length), lm, tolerance)
         law = "potential(start) + Σ weigh = potential(final) = log φ"
+        try:
+            total, before = _walk(report, form, same, int(length), lm, tolerance)
+        except FactorError as error:
+            raise CheckFailed(f"{report.subject}: {law} does not hold: {error}") from error
         report.require_close(before, wanted, law, tolerance=tolerance * 10, how=_times(rows))
         report.require_close(total, wanted, law, tolerance=tolerance * 10, how=_times(rows))
 

@@ -44,7 +44,9 @@ def test_a_right_factor_passes(factor):
     report = check_factor(factor, LM)
     assert "log φ does not depend on the batch" in report.held
     assert ("the automaton accepts exactly where φ > 0" in report.skipped) == (factor.automaton is None)
-    assert check_factor(factor, LM.enumerate_sequences(1)).held.keys() == report.held.keys()
+    given = check_factor(factor, LM.enumerate_sequences(1)).held.keys()
+    prefixes = {"potential(start) + Σ weigh = potential(final) = log φ", "a potential of −inf stays −inf"}
+    assert given == report.held.keys() if factor.automaton is None else given | prefixes <= report.held.keys()
 
 
 def test_a_stochastic_factor_need_not_repeat():

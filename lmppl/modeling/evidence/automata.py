@@ -6,7 +6,7 @@ over a few characters reads every text.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,6 +143,21 @@ class Automaton:
     def avoiding(cls, pattern: Word) -> Automaton:
         """Words without `pattern` (a text, or token ids) anywhere in them."""
         return ~cls.containing(pattern)
+
+    @classmethod
+    def characters(cls, allowed: Iterable[str] | None = None, *, forbidden: Iterable[str] | None = None) -> Automaton:
+        """Texts of `allowed` characters only, or without any of the `forbidden` ones."""
+        if (allowed is None) == (forbidden is None):
+            raise ModelError("Automaton.characters: expected either allowed= or forbidden=")
+        named = list(dict.fromkeys(allowed or forbidden or ()))
+        wrong = next((c for c in named if not (isinstance(c, str) and len(c) == 1)), None)
+        if wrong is not None or not named:
+            got = repr(wrong) if named else "none"
+            raise ModelError(f"Automaton.characters: got {got}, expected single characters")
+        inside: dict[Symbol | None, Hashable] = dict.fromkeys(named, "in" if forbidden is None else "out")
+        if forbidden is not None:
+            inside[None] = "in"
+        return cls.from_edges({"in": inside}, start="in", accept=["in"])
 
     @classmethod
     def length(cls, minimum: int = 0, maximum: int | None = None, *, over: Over = "characters") -> Automaton:

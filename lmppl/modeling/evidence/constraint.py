@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import Any, Self
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError
+from lmppl.lm.base import LanguageModel
 from lmppl.modeling.declared_functions import function_name, qualified_name, to_feature
 from lmppl.modeling.evidence.automata import Automaton
+from lmppl.modeling.evidence.prefixes import LogFactor, automaton_form, prefix_closed_form
 from lmppl.modeling.evidence.reward import applied, single_column
 from lmppl.modeling.factors import Factor, Feature, FeatureInput
 from lmppl.modeling.user_functions import RowError
@@ -40,6 +43,9 @@ class Constraint(Factor):
         Accepts exactly what `predicate` (with `where`) allows.
     label : str, optional
         For a text-classification pipeline with `where`: the label whose score is meant.
+    prefix_closed : bool
+        A text that violates b cannot be mended by what follows: b(xy) implies b(x), as for "no banned word" or "ASCII
+        only". Engines that go token by token then ask about prefixes; `predicate` must allow the empty text.
 
     Raises
     ------
@@ -55,6 +61,7 @@ class Constraint(Factor):
     """
 
     where: Callable[[Tensor], Any] | None
+    prefix_closed: bool
 
     def __init__(
         self,
@@ -65,17 +72,21 @@ class Constraint(Factor):
         on: FeatureInput = "text",
         automaton: Automaton | None = None,
         label: str | None = None,
+        prefix_closed: bool = False,
     ) -> None:
         if isinstance(predicate, Automaton):
-            if (where, automaton, on, label) != (None, None, "text", None):
+            if (where, automaton, on, label, prefix_closed) != (None, None, "text", None, False):
                 raise ModelError(
-                    "Constraint: got an automaton together with where=, automaton=, on= or label=, "
+                    "Constraint: got an automaton together with where=, automaton=, on=, label= or prefix_closed=, "
                     "of which it needs none"
                 )
             automaton = predicate
             feature = automaton_feature(automaton, name or "automaton")
         else:
             feature = to_feature(predicate, kind="Constraint", name=name, on=on, label=label)
+        if prefix_closed and (feature.stochastic or feature.on not in ("text", "full", "ids")):
+            what = "stochastic" if feature.stochastic else f"on={feature.on!r}"
+            raise ModelError(f"Constraint: prefix_closed=True asks about prefixes, which {what} cannot answer")
         if where is not None and not callable(where):
             raise ModelError(f"Constraint: got where={where!r}, expected a function of the column of values")
         if automaton is not None and not isinstance(automaton, Automaton):
@@ -104,6 +115,38 @@ class Constraint(Factor):
             named=name is not None,
         )
         object.__setattr__(self, "where", where)
+        object.__setattr__(self, "prefix_closed", prefix_closed)
+
+    @classmethod
+    def characters(
+        cls, allowed: Iterable[str] | None = None, *, forbidden: Iterable[str] | None = None, name: str | None = None
+    ) -> Constraint:
+        """Texts of `allowed` characters only, or without any of the `forbidden` ones; an automaton, hence a token mask.
+
+        Parameters
+        ----------
+        allowed, forbidden : str or collection of single characters
+            One of the two.
+        name : str, optional
+            By default "characters".
+
+        Examples
+        --------
+        >>> Constraint.characters(map(chr, range(128)), name="ascii").automaton.accepts("café")
+        False
+        """
+        return cls(Automaton.characters(allowed, forbidden=forbidden), name=name or "characters")
+
+    def bind(self, lm: LanguageModel, log_factor: LogFactor | None = None) -> Factor:
+        """As `Factor.bind`: with the prefix-by-prefix form of the automaton, or of a prefix-closed function."""
+        if self.automaton is None and not self.prefix_closed:
+            return self
+        bound = copy.copy(self)
+        form = (
+            prefix_closed_form(self, lm, log_factor) if self.automaton is None else automaton_form(self.automaton, lm)
+        )
+        object.__setattr__(bound, "incremental", form)
+        return bound
 
     @property
     def is_automaton(self) -> bool:
@@ -116,6 +159,7 @@ class Constraint(Factor):
             "where": None if self.where is None else qualified_name(self.where),
             "automaton": None if self.automaton is None else self.automaton.to_dict(),
             "is_automaton": self.is_automaton,
+            "prefix_closed": self.prefix_closed,
         }
 
     @classmethod
@@ -132,7 +176,8 @@ class Constraint(Factor):
             if key not in functions:
                 raise ModelError(f"functions: {key!r} is missing (it was {data['where']})")
             where = functions[key]
-        return cls(features[0], where=where, name=data["name"], automaton=automaton)
+        closed = bool(data.get("prefix_closed", False))
+        return cls(features[0], where=where, name=data["name"], automaton=automaton, prefix_closed=closed)
 
 
 def automaton_feature(automaton: Automaton, name: str) -> Feature:
