@@ -1,7 +1,21 @@
 """MCMC over sequences: kernels, batches of chains, and the engines that run them."""
 
 from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo
+from lmppl.inference.mcmc.edits import BlockResample, LocalEdit, TokenGibbs
 from lmppl.inference.mcmc.engine import MCMC
 from lmppl.inference.mcmc.kernels import Mixture, Restart, SuffixResample
+from lmppl.inference.mcmc.tempering import Tempered
 
-__all__ = ["MCMC", "ChainState", "Kernel", "Mixture", "Restart", "StepInfo", "SuffixResample"]
+__all__ = [
+    "MCMC",
+    "BlockResample",
+    "ChainState",
+    "Kernel",
+    "LocalEdit",
+    "Mixture",
+    "Restart",
+    "StepInfo",
+    "SuffixResample",
+    "Tempered",
+    "TokenGibbs",
+]

@@ -18,7 +18,18 @@ from lmppl.lm.shelf import Pending, Shelf
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Cost, Draws, concatenate
 
-__all__ = ["ChainState", "Evidence", "Kernel", "Proposal", "StepInfo", "log_acceptance", "metropolis_hastings"]
+__all__ = [
+    "ChainState",
+    "Evidence",
+    "Kernel",
+    "Proposal",
+    "StepInfo",
+    "evaluated",
+    "log_acceptance",
+    "metropolis_hastings",
+    "replaced",
+    "tempered",
+]
 
 Evidence = Callable[[Draws], Tensor]
 """(B,) log φ of draws with features and log-factors; by default `log_evidence`, their sum. Splitting uses levels."""
@@ -147,7 +158,7 @@ def metropolis_hastings(
     """
     draws, rows = state.draws, proposal.rows
     possible = torch.nonzero(proposal.log_ratio > -torch.inf).squeeze(1)
-    new = _evaluated(state.target, proposal, possible, draws)
+    new = evaluated(state.target, proposal, possible, draws)
     log_alpha = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
     log_phi = torch.full_like(log_alpha, -torch.inf)
     if len(possible):
@@ -156,13 +167,12 @@ def metropolis_hastings(
         log_phi[possible] = evidence(new)
         log_alpha[possible] = log_acceptance(proposal.log_ratio[possible], log_phi[possible], old, scale)
     accepted = source.accept(log_alpha)
-    index = torch.arange(len(draws))
     place = torch.full((len(rows),), -1)
-    place[possible] = len(draws) + torch.arange(len(possible))
-    index[rows[accepted]] = place[accepted]
-    if bool(accepted.any()):
-        draws = concatenate([draws, new], pad_id=state.target.prior.pad_id).select(index)
-    _adopt(state, proposal, accepted)
+    place[possible] = torch.arange(len(possible))
+    for shelf, pending in proposal.pending:
+        shelf.adopt(pending, accepted.to(shelf.slot.device))
+    written = tuple(shelf for shelf, _ in proposal.pending)
+    state = replaced(state, new, rows[accepted], place[accepted], proposal.keep[accepted], written)
     info = StepInfo(
         kernel,
         _spread(accepted, rows, len(draws), False),
@@ -170,10 +180,11 @@ def metropolis_hastings(
         _spread(proposal.keep, rows, len(draws), -1),
         _spread(log_phi, rows, len(draws), torch.nan),
     )
-    return replace(state, draws=draws), info
+    return state, info
 
 
-def _evaluated(target: Target, proposal: Proposal, possible: Tensor, like: Draws) -> Draws:
+def evaluated(target: Target, proposal: Proposal, possible: Tensor, like: Draws) -> Draws:
+    """The new rows `possible` with their evidence, bounds checked."""
     new = Draws(
         proposal.ids[possible],
         proposal.lengths[possible],
@@ -190,14 +201,20 @@ def _evaluated(target: Target, proposal: Proposal, possible: Tensor, like: Draws
     return new
 
 
-def _adopt(state: ChainState, proposal: Proposal, accepted: Tensor) -> None:
-    written = {id(shelf) for shelf, _ in proposal.pending}
-    for shelf, pending in proposal.pending:
-        shelf.adopt(pending, accepted.to(shelf.slot.device))
-    moved, keep = proposal.rows[accepted], proposal.keep[accepted]
+def replaced(
+    state: ChainState, new: Draws, rows: Tensor, place: Tensor, keep: Tensor, written: tuple[Shelf, ...] = ()
+) -> ChainState:
+    """Chains `rows` (M,) have the rows `place` (M,) of `new`; all shelves but those `written` know `keep` tokens."""
+    if len(rows) == 0:
+        return state
+    draws = state.draws
+    index = torch.arange(len(draws))
+    index[rows] = len(draws) + place
     for _, shelf in state.shelves.values():
-        if id(shelf) not in written:
-            shelf.forget(moved.to(shelf.slot.device), keep.to(shelf.slot.device))
+        if not any(shelf is w for w in written):
+            shelf.forget(rows.to(shelf.slot.device), keep.to(shelf.slot.device))
+    whole = concatenate([draws, new], pad_id=state.target.prior.pad_id)
+    return replace(state, draws=whole.select(index))
 
 
 def _spread(values: Tensor, rows: Tensor, count: int, rest: float) -> Tensor:
@@ -240,9 +257,10 @@ class Kernel(ABC):
         dead = ~(log_prior + tempered(evidence(draws), power) > -torch.inf)
         if bool(dead.any()):
             row = int(torch.nonzero(dead)[0, 0])
+            prompt = draws.prompts[int(draws.context[row])]
             raise ModelError(
-                f"{self.name}: chain {row} starts at {draws.text[row]!r} (context {draws.prompts[int(draws.context[row])]!r}), "
-                "where the target is 0; start from draws with γ > 0"
+                f"{self.name}: chain {row} starts at {draws.text[row]!r} (context {prompt!r}), where the target is 0; "
+                "start from draws with γ > 0"
             )
         rows = draws.with_columns(log_weight=None, log_q=None, log_prior=log_prior, columns={}, meta={})
         return ChainState(target, rows, target.cost if cost is None else cost)
@@ -264,5 +282,5 @@ class Kernel(ABC):
             shelf.select(index)
         return replace(state, draws=state.draws.select(index))
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target) -> None:  # noqa: B027 - nothing to check is the common case
         """Raise `ModelError` where the configuration is wrong or does not fit the target."""

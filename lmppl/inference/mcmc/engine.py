@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -75,12 +75,12 @@ class MCMC(Engine):
 
     Notes
     -----
-    `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ, `log_prior`,
-    `length`), `chain_notes`; `acceptance` (C,) by kernel and `acceptance_by_position` (T,) by kernel; `stuck` chains by
-    context, which are warned about; `starts` (C,), how many chains had a start of their own. Where rows come from
-    `Restart()`, its proposals are independent draws of the prior, so that log Ẑ comes with them. With the kernel
-    `Restart()` and a bound on every factor, `certificate` (C,) bounds the distance of the last draws to π*: TV ≤
-    (1 − Z/M)^n, Z at the lower end of its interval.
+    `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ,
+    `log_prior`, `length`), `chain_notes`; `acceptance` (C,) and `acceptance_by_position` (T + 1,) by kernel; `stuck`
+    chains by context, which are warned about; `starts` (C,), how many chains had a start of their own. The proposals of
+    `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()` and a
+    bound on every factor, `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
+    lower end of its interval.
 
     With a factor declared `stochastic=True`, a non-negative unbiased estimate of φ takes its place: the estimate of the
     present row is kept until the row goes (pseudo-marginal MCMC), and π* has E[φ̂] in place of φ.
@@ -140,35 +140,57 @@ class MCMC(Engine):
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         assert isinstance(shard, ChainShard)
-        context = torch.tensor(shard.contexts).repeat_interleave(self.num_chains)
+        context = torch.tensor(shard.contexts).repeat_interleave(self.num_chains * self._replicas)
         if state is None:
             starts = start_draws(self.start, target, context, source, max_tries=self.max_tries, seed=shard.seed)
-            draws, facts = starts.draws, {"step": 0, "starts": starts.distinct}
+            draws, step, distinct = starts.draws, 0, starts.distinct
         else:
-            draws, facts = _restored(state, target), {"step": state["step"], "starts": state["starts"]}
-        chains = self.kernel.start(target, draws)
-        tally = Tally(context, target.form.num_contexts, target.form.horizon)
+            draws, step, distinct = _restored(state, target), int(state["step"]), state["starts"]
+        memory = self._begin(state)
+        chains = self.kernel.start(target, draws, power=self._powers(memory, len(draws)))
+        shown = torch.arange(len(draws)) % self._replicas == self._replicas - 1
+        tally = Tally(context[shown], target.form.num_contexts, target.form.horizon)
         proposed: list[Tensor] = []
-        kept = []
+        kept: list[Draws] = []
         total = shard.warmup + shard.steps * self.thin
         for number in range(total):
-            chains, info = self.kernel.step(chains, source)
-            if number >= shard.warmup:
-                tally.add(info)
+            warming = number < shard.warmup
+            chains, info = self._advance(chains, source, memory, warming)
+            if not warming:
+                tally.add(StepInfo(info.kernel, *(x[shown] for x in info[1:])))
                 if (number - shard.warmup + 1) % self.thin == 0:
-                    kept.append(self._kept(chains, int(facts["step"]) + len(kept), shard.id))
+                    kept.append(self._kept(chains.draws.select(shown), step + len(kept), shard.id))
             proposed += _prior_evidence(self.kernel, info)
             target.report((number + 1) / total, _figures(number, shard, info))
-        facts["step"] = int(facts["step"]) + len(kept)
         part = {
-            "state": {**_plain(chains.draws), **facts},
+            "state": {**_plain(chains.draws), **memory, "step": step + len(kept), "starts": distinct},
             "tally": tally.counts,
             "log_phi": torch.stack(proposed) if proposed else torch.zeros(0, len(context), dtype=torch.float64),
             "log_upper": target.form.log_upper,
-            "num_chains": self.num_chains,
             "steps": total,
         }
         return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
+
+    # What tempering changes.
+
+    @property
+    def _replicas(self) -> int:
+        """Rows of the batch for each chain; the last of them is the chain."""
+        return 1
+
+    def _begin(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What a segment remembers beside the rows: plain data, which the next one gets in its state."""
+        return {}
+
+    def _powers(self, memory: Mapping[str, Any], count: int) -> float | Tensor:
+        """λ of all `count` rows."""
+        return 1.0
+
+    def _advance(
+        self, chains: ChainState, source: Source, memory: dict[str, Any], warming: bool
+    ) -> tuple[ChainState, StepInfo]:
+        """One step of all rows."""
+        return self.kernel.step(chains, source)
 
     def merge(self, parts: Sequence[Part]) -> Chains:
         draws = concatenate([p.draws for p in parts])
@@ -185,7 +207,7 @@ class MCMC(Engine):
         for c, chains in still.items():
             log.warning(
                 "mcmc: %d of %d chains never moved in context %r (chains %s); their draws are copies of one text: "
-                "longer runs, a kernel with smaller moves, or other starts",
+                "where π* has more than that, run longer, with a kernel of smaller moves or from other starts",
                 len(chains), self.num_chains, draws.prompts[c], ", ".join(map(str, chains[:8])),
             )  # fmt: skip
         normalizers = _normalizers(parts, draws.num_contexts)
@@ -214,8 +236,7 @@ class MCMC(Engine):
         base = make_shard(target, number, steps * self.num_chains, seed, contexts)
         return ChainShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size, steps, warmup)
 
-    def _kept(self, chains: ChainState, step: int, shard: int) -> Draws:
-        draws = chains.draws
+    def _kept(self, draws: Draws, step: int, shard: int) -> Draws:
         number = torch.arange(len(draws)) % self.num_chains
         columns = {
             "chain": number,

@@ -18,7 +18,15 @@ from lmppl.lm.randomness import Source
 from lmppl.lm.shelf import Regenerated, Shelf
 from lmppl.modeling.target import Target, log_evidence
 
-__all__ = ["Mixture", "Restart", "Scores", "SuffixResample", "conditioned_log_ratio", "marginalised_log_ratio"]
+__all__ = [
+    "Mixture",
+    "Regenerating",
+    "Restart",
+    "Scores",
+    "SuffixResample",
+    "conditioned_log_ratio",
+    "marginalised_log_ratio",
+]
 
 IndexLaw = Literal["length", "horizon", "entropy"]
 Ratio = Literal["conditioned", "marginalised"]
@@ -69,7 +77,7 @@ def marginalised_log_ratio(old: Scores, new: Scores, keep: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Regenerating(Kernel):
+class Regenerating(Kernel):
     """What kernels share in which q, the prior by default, writes tokens."""
 
     def lm(self, target: Target) -> LanguageModel:
@@ -81,9 +89,13 @@ class _Regenerating(Kernel):
         """As `Kernel.check`: the proposal must fit the prior."""
         self.lm(target)
 
+    def suffix(self, state: ChainState, rows: Tensor, keep: Tensor, source: Source) -> Proposal:
+        """q writes `rows` (M,) anew after their first `keep` (M,) tokens; the law of `keep` is not in the ratio."""
+        return _regenerated(state, self.lm(state.target), rows, keep, source, None)
+
 
 @dataclass(frozen=True)
-class Restart(_Regenerating):
+class Restart(Regenerating):
     """Independence Metropolis–Hastings: a whole new row from q; α = min(1, φ(x')π0(x')q(x) / φ(x)π0(x)q(x')).
 
     From the prior with φ ≤ M the distance to π* after n steps is at most (1 − Z/M)^n.
@@ -109,12 +121,12 @@ class Restart(_Regenerating):
         """As `Kernel.step`."""
         rows = torch.arange(len(state))
         keep = torch.zeros_like(rows)
-        proposal = _regenerated(state, self.lm(state.target), rows, keep, source, None)
+        proposal = self.suffix(state, rows, keep, source)
         return metropolis_hastings(self.name, state, proposal, source, power, evidence)
 
 
 @dataclass(frozen=True)
-class SuffixResample(_Regenerating):
+class SuffixResample(Regenerating):
     """q writes the row anew from a random position i; α = min(1, φ'/φ · π0'q/π0 q' · p(i|x')/p(i|x)).
 
     Rows have different lengths, so the law of i counts. The cap is on the whole row.

@@ -80,8 +80,8 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int)
         rate = float(binomial_upper(torch.tensor(0), torch.tensor(tried), LEVEL))
         raise InfeasibleModel(
             f"mcmc: none of {tried:,} draws of the prior for context {target.contexts[empty[0]]!r} has γ > 0: "
-            f"Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise max_tries, loosen the hard factors, or start "
-            "from draws that satisfy them (start=draws, or start=an engine that steers)"
+            f"Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise max_tries, loosen the hard factors, or "
+            "start from draws that satisfy them (start=draws, or start=an engine that steers)"
         )
     chosen = []
     for c, count in zip(contexts.tolist(), wanted.tolist(), strict=True):
@@ -102,8 +102,8 @@ def _from_draws(target: Target, given: Sequences, context: Tensor, source: Sourc
     if not bool(outcome.all()):
         row = int(torch.nonzero(~outcome)[0, 0])
         raise ModelError(
-            f"start: row {row}, {given.text[row]!r}, is no outcome of the prior; draw starts with the same cap, EOS ids "
-            "and stop strings"
+            f"start: row {row}, {given.text[row]!r}, is no outcome of the prior; draw starts with the same cap, EOS "
+            "ids and stop strings"
         )
     log_weight = getattr(given, "log_weight", None)
     rows = torch.empty_like(context)
