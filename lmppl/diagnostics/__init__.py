@@ -1,5 +1,6 @@
 """How well: plain tensors in, figures with errors out; each says what it detects and to what it is blind."""
 
+from lmppl.diagnostics.calibration import exchangeability, holm, rank_calibration
 from lmppl.diagnostics.chains import (
     ChainFigure,
     autocorrelation_time,
@@ -44,6 +45,8 @@ __all__ = [
     "empirical_bernstein",
     "entropy_effective_sample_size",
     "eubo",
+    "exchangeability",
+    "holm",
     "kl_divergence",
     "log_acceptance",
     "log_mean_weight",
@@ -55,6 +58,7 @@ __all__ = [
     "normalised_log_weights",
     "pareto_khat",
     "pareto_smooth",
+    "rank_calibration",
     "rhat",
     "self_normalised_kl",
     "stack",
