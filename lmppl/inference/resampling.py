@@ -247,8 +247,9 @@ def _ssp_counts(weights: list[float], source: Source, keep: int | None = None) -
         if keep in (i, j):
             base = whole[keep] + up[keep]
             now, raised, lowered = (p, p + rise, p - fall) if keep == i else (q, q - rise, q + fall)
-            # Exactly 1 where the other branch would leave no offspring, which rounding must not make possible.
-            chance = 1.0 if base + lowered < 1e-12 else chance * (base + raised) / (base + now)
+            chance *= (base + raised) / (base + now)
+            # A branch that leaves no offspring has probability 0 exactly: rounding must not make it possible.
+            chance = 1.0 if base + lowered < 1e-12 else 0.0 if base + raised < 1e-12 else chance
         if bool(source.accept(torch.tensor([min(chance, 1.0)], dtype=torch.float64).log())):
             p, q = (p + rise, 0.0) if rise == q else (1.0, q - rise)
         else:

@@ -258,17 +258,22 @@ class _OptimalSampler(DensitySampler):
         every = rows.weigh(None)
         scores = rows.logits + every.to(rows.logits.dtype)
         log_base = torch.logsumexp(rows.logits, -1).double()
-        log_total = torch.logsumexp(scores, -1).double()
-        stuck = log_total == -torch.inf
+        stuck = scores.amax(-1) == -torch.inf
         any_stuck = bool(stuck.any())
-        drawn_from = torch.where(stuck[:, None], rows.logits, scores) if any_stuck else scores
-        tokens = draw_free(drawn_from, rows.given, source)
+        if any_stuck:
+            scores = torch.where(stuck[:, None], rows.logits, scores)
+        if rows.given is None:
+            tokens, log_q = source.tokens(scores)
+            log_total = scores.gather(1, tokens[:, None])[:, 0].double() - log_q.double()
+        else:
+            tokens = draw_free(scores, rows.given, source)
+            log_total = torch.logsumexp(scores, -1).double()
         at = tokens[:, None]
         log_prior = rows.logits.gather(1, at)[:, 0].double() - log_base
         weigh = every.gather(1, at)[:, 0].double()
         increment = log_total - log_base
         if any_stuck:
-            weigh = weigh.masked_fill(stuck, -torch.inf)
+            weigh, increment = (x.masked_fill(stuck, -torch.inf) for x in (weigh, increment))
         return Proposed(tokens, increment, log_prior, weigh)
 
 

@@ -64,8 +64,7 @@ class SweepResult(NamedTuple):
     slots : Tensor (G,) or None
         Where the retained rows are now.
     info : dict
-        `ess` (R, G) before each resampling and at the end, `log_weights` (R, G, N) then, `lengths` (R,) the most tokens
-        a row had then; `ancestors` (R, G, N) int32, the slot of each particle's ancestor (its own where the group was
+        `ess` (R, G) before each resampling and at the end, `log_weights` (R, G, N) then; `ancestors` (R, G, N) int32, the slot of each particle's ancestor (its own where the group was
         not resampled), `resampled` (R, G) bool; `deaths` (G, K+1), how often each factor, and last a zero of π0 or of
         the proposal's weight, gave a particle weight zero; `dead_at` (G,) the tokens of the row that died last where
         all of them died, else −1.
@@ -119,28 +118,28 @@ class Sweep:
         self.log_z = torch.zeros(self.groups, dtype=torch.float64)  # up to it
         self.log_psi = torch.zeros(rows, dtype=torch.float64)
         self.log_prior = torch.zeros(rows, dtype=torch.float64)
-        self.parent = torch.arange(self.count).repeat(self.groups)
+        self.themselves = torch.arange(self.count).repeat(self.groups, 1)
+        self.parent = self.themselves.view(-1).clone()
         self.texts: list[str | None] = [None] * rows
         self.has_texts = False
         self.names = [f.name for f in target.factors]
         self.deaths = torch.zeros(self.groups, len(self.names) + 1, dtype=torch.int64)
         self.dead_at = torch.full((self.groups,), -1)
         self.history: dict[str, list[Any]] = {
-            k: [] for k in ("ess", "log_weights", "lengths", "ancestors", "resampled")
+            k: [] for k in ("ess", "log_weights", "ancestors", "resampled")
         }
         if self.twist is not None:
             self._start_twist(self.twist)
 
     def run(self) -> SweepResult:
         """Propagate until every row has ended."""
-        frontier, horizon = self.frontier, self.target.prior.max_new_tokens
-        steps = 0
+        frontier = self.frontier
         while len(frontier.live):
-            steps = self._round()
+            self._round()
             over = len(frontier.live) == 0
             self._resample(final=over)
             if self.target.watcher is not None:
-                self._report(min(1.0, steps / horizon))
+                self._report()
         self._finish_dead_groups()
         return self._result()
 
@@ -209,8 +208,8 @@ class Sweep:
 
     # Rounds and resampling.
 
-    def _round(self) -> int:
-        """Advance each live row to its next boundary; the most tokens that a row has then."""
+    def _round(self) -> None:
+        """Advance each live row to its next boundary."""
         every, frontier = self.schedule.every, self.frontier
         if isinstance(every, int):
             for _ in range(every):
@@ -218,7 +217,6 @@ class Sweep:
                     self._step()
         else:
             self._round_to_boundary(BOUNDARIES[every])
-        return int(frontier.lengths.max())
 
     def _round_to_boundary(self, boundary: re.Pattern[str]) -> None:
         frontier = self.frontier
@@ -257,22 +255,24 @@ class Sweep:
             unended = ~frontier.finished & (frontier.lengths < self.target.prior.max_new_tokens)
             chosen = unended.cpu().view(self.groups, count).any(1)
         else:
-            going = torch.zeros(len(frontier), dtype=torch.bool)
-            going[frontier.live.cpu()] = True
-            chosen = (ess < self.schedule.ess_threshold * count * (1 - 1e-9)) & going.view(self.groups, count).any(1)
+            chosen = ess < self.schedule.ess_threshold * count * (1 - 1e-9)
+            if bool(chosen.any()):  # a group whose rows have all ended keeps its weights
+                going = torch.zeros(len(frontier), dtype=torch.bool)
+                going[frontier.live.cpu()] = True
+                chosen &= going.view(self.groups, count).any(1)
         dead = ess == 0.0
         if bool(dead.any()):
             longest = frontier.lengths.cpu().view(self.groups, count).amax(1)
             self.dead_at = torch.where(dead & (self.dead_at < 0), longest, self.dead_at)
             chosen = chosen & ~dead
         self.history["ess"].append(ess)
-        self.history["log_weights"].append((self.log_z[:, None] + log_w).clone())
-        self.history["lengths"].append(int(frontier.lengths.max()))
-        ancestors = torch.arange(count).repeat(self.groups, 1)
+        self.history["log_weights"].append(self.log_z[:, None] + log_w)
+        ancestors = self.themselves
         if bool(chosen.any()):
+            ancestors = ancestors.clone()
             ancestors[chosen] = self._ancestors(log_w, chosen)
             self._select(ancestors, chosen)
-        self.history["ancestors"].append(ancestors.to(torch.int32))
+        self.history["ancestors"].append(ancestors)
         self.history["resampled"].append(chosen)
 
     def _ancestors(self, log_w: Tensor, chosen: Tensor) -> Tensor:
@@ -327,8 +327,7 @@ class Sweep:
         info: dict[str, Any] = {
             "ess": torch.stack(self.history["ess"]),
             "log_weights": torch.stack(self.history["log_weights"]),
-            "lengths": torch.tensor(self.history["lengths"]),
-            "ancestors": torch.stack(self.history["ancestors"]),
+            "ancestors": torch.stack(self.history["ancestors"]).to(torch.int32),
             "resampled": torch.stack(self.history["resampled"]),
             "deaths": self.deaths,
             "dead_at": self.dead_at,
@@ -421,7 +420,7 @@ class Sweep:
                 known |= zero
         self.deaths[:, -1] += torch.bincount(group[~known], minlength=self.groups)
 
-    def _report(self, share: float) -> None:
+    def _report(self) -> None:
         log_w = self.log_w.view(self.groups, self.count)
         ess = effective_sizes(log_w).min()
         log_z = self.log_z + torch.logsumexp(log_w, 1) - math.log(self.count)
@@ -430,7 +429,8 @@ class Sweep:
             "log Ẑ": f"{float(log_z[0]):.3f}",
             "live rows": f"{len(self.frontier.live):,}",
         }
-        self.target.report(share, figures)
+        share = int(self.frontier.lengths.max()) / self.target.prior.max_new_tokens
+        self.target.report(1.0 if len(self.frontier.live) == 0 else share, figures)
 
 
 def _agree(got: Tensor, expected: Tensor) -> Tensor:

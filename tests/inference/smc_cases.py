@@ -175,7 +175,7 @@ class Law:
         for p, run in runs:
             z = float(run.log_z[0].exp())
             log_w = run.draws.log_weight
-            rows = torch.tensor([number[key] for key in run.draws.keys()])
+            rows = torch.tensor([number[key] for key in run.draws.keys()])  # noqa: SIM118 - a method
             self.mean_z += p * z
             self.mean_mass.index_add_(0, rows, p * log_w.exp() / len(log_w))
             if z > 0:
