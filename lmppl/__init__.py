@@ -9,6 +9,7 @@ from lmppl.comparison import Comparison, compare
 from lmppl.errors import LmpplError
 from lmppl.inference import (
     ENGINES,
+    SMC,
     Approximation,
     BestOfN,
     Budget,
@@ -26,9 +27,11 @@ from lmppl.inference import (
 from lmppl.lm import LM, LanguageModel, TabularLM, TransformersLM
 from lmppl.modeling import (
     Automaton,
+    BagOfWords,
     Constraint,
     Factor,
     Feature,
+    HiddenClassifier,
     Incremental,
     Model,
     Optimality,
@@ -44,8 +47,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ENGINES",
     "LM",
+    "SMC",
     "Approximation",
     "Automaton",
+    "BagOfWords",
     "BestOfN",
     "Budget",
     "Comparison",
@@ -58,6 +63,7 @@ __all__ = [
     "Factor",
     "Feature",
     "Guarantee",
+    "HiddenClassifier",
     "Importance",
     "Incremental",
     "LanguageModel",
@@ -65,8 +71,8 @@ __all__ = [
     "Model",
     "Optimality",
     "Part",
-    "QuasiRejection",
     "PowerPrior",
+    "QuasiRejection",
     "Rejection",
     "Reward",
     "Sequences",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from lmppl.modeling.evidence import Automaton, Constraint, Optimality, PowerPrior, Reward
+from lmppl.modeling.evidence import Automaton, BagOfWords, Constraint, HiddenClassifier, Optimality, PowerPrior, Reward
 from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
 
 __all__ = [
     "Automaton",
+    "BagOfWords",
     "Constraint",
     "Factor",
     "Feature",
+    "HiddenClassifier",
     "Incremental",
     "Model",
     "Optimality",
