@@ -20,11 +20,12 @@ from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.smc import SMC
 from lmppl.modeling.target import TargetForm
 
 __all__ = ["ENGINES", "parse_engine", "resolve_engine", "split_engines"]
 
-ENGINES: tuple[type[Engine], ...] = (Exact, Rejection, Importance, QuasiRejection, BestOfN)
+ENGINES: tuple[type[Engine], ...] = (Exact, Rejection, Importance, SMC, QuasiRejection, BestOfN)
 """Every engine of lmppl, in the order of preference: exact, then approximate; heuristics last."""
 
 _CALL = re.compile(r"(?:(?P<module>[\w.]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?", re.DOTALL)

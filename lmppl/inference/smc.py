@@ -94,7 +94,8 @@ class SMC(Engine):
 
     References
     ----------
-    gordon1993, doucet2000, delmoral2004, naesseth2019, lew2023, zhao2024
+    `gordon1993` (bootstrap), `kitagawa1996`, `liu1998`, `carpenter1999`, `gerber2019` (resampling), `doucet2000` (the
+    optimal proposal, resampling by ESS), `delmoral2004` (Ẑ), `naesseth2019` (twists), `lew2023`, `zhao2024` (on LMs).
     """
 
     num_particles: int = 64
@@ -108,7 +109,8 @@ class SMC(Engine):
     name: ClassVar[str] = "smc"
     guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
     references: ClassVar[tuple[str, ...]] = (
-        "gordon1993", "doucet2000", "delmoral2004", "naesseth2019", "lew2023", "zhao2024",
+        "gordon1993", "kitagawa1996", "liu1998", "carpenter1999", "doucet2000", "delmoral2004", "naesseth2019",
+        "gerber2019", "lew2023", "zhao2024",
     )  # fmt: skip
 
     @property
