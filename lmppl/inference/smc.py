@@ -62,7 +62,7 @@ class SMC(Engine):
     resampling : {"systematic", "stratified", "multinomial", "residual", "ssp"}
     twist : Incremental, optional
         ψ. None: the product of the incremental forms of the factors that have one; the other factors enter at the end
-        of a row. A twist of yours stands alone; `ProductTwist(FactorTwist(model.factors), mine)` keeps the forms.
+        of a row. A twist of yours stands alone; `ProductTwist(FactorTwist.of(model), mine)` keeps the forms.
     proposal : str, LanguageModel, Approximation or StepProposal, optional
         q_t. "prior" (bootstrap); "optimal", ∝ π0·e^{weigh}, where the twist weighs all V next tokens; another LM on the
         same tokens, or an approximation that is one; or an object with `start` (see `StepProposal`). None: "optimal"

@@ -64,10 +64,10 @@ class SweepResult(NamedTuple):
     slots : Tensor (G,) or None
         Where the retained rows are now.
     info : dict
-        `ess` (R, G) before each resampling and at the end, `log_weights` (R, G, N) then; `ancestors` (R, G, N) int32, the slot of each particle's ancestor (its own where the group was
-        not resampled), `resampled` (R, G) bool; `deaths` (G, K+1), how often each factor, and last a zero of π0 or of
-        the proposal's weight, gave a particle weight zero; `dead_at` (G,) the tokens of the row that died last where
-        all of them died, else −1.
+        `ess` (R, G) before each resampling and at the end, `log_weights` (R, G, N) then; `ancestors` (R, G, N) int32,
+        the slot of each particle's ancestor (its own where the group was not resampled), `resampled` (R, G) bool;
+        `deaths` (G, K+1), how often each factor, and last a zero of π0 or of the proposal's weight, gave a particle
+        weight zero; `dead_at` (G,) the tokens of the row that died last where all of them died, else −1.
     """
 
     draws: Draws
@@ -110,7 +110,8 @@ class Sweep:
         self.frontier = Frontier(target.prior, context.repeat_interleave(self.count), cost=target.cost)
         self.device = self.frontier.ids.device
         self.twist = None if twist is None else TwistTrack(twist, self.frontier)
-        self.lawful = twist if isinstance(twist, FactorTwist) else None
+        known = {f.name for f in target.factors}
+        self.lawful = twist if isinstance(twist, FactorTwist) and known.issuperset(twist.names) else None
         self.sampler = proposal.start(target, self.frontier)
         self.slots = None if retained is None else retained.slots.clone()
         # Bookkeeping in float64 on the CPU: a number or three a row.

@@ -11,6 +11,8 @@ from torch import Tensor
 from lmppl.errors import ModelError
 from lmppl.lm.base import Step
 from lmppl.modeling.factors import Factor, Incremental, start_incremental
+from lmppl.modeling.model import Model
+from lmppl.modeling.target import Target
 
 __all__ = ["FactorTwist", "ProductTwist"]
 
@@ -87,12 +89,17 @@ class FactorTwist(ProductTwist):
     Parameters
     ----------
     factors : sequence of Factor
-        Of a model; those without an incremental form are left out.
+        Those without an incremental form are left out; `FactorTwist.of(model)` takes a model's.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
         self.factors = tuple(f for f in factors if f.incremental is not None)
         super().__init__(*(f.incremental for f in self.factors if f.incremental is not None))
+
+    @classmethod
+    def of(cls, model: Model) -> FactorTwist:
+        """The twist of a model's factors, bound to its prior: constraints have forms that know the prior's tokens."""
+        return cls(Target(model).factors)
 
     @property
     def names(self) -> tuple[str, ...]:
