@@ -4,6 +4,7 @@ from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo
 from lmppl.inference.mcmc.edits import BlockResample, LocalEdit, TokenGibbs
 from lmppl.inference.mcmc.engine import MCMC
 from lmppl.inference.mcmc.kernels import Mixture, Restart, SuffixResample
+from lmppl.inference.mcmc.particle_gibbs import ParticleGibbs
 from lmppl.inference.mcmc.tempering import Tempered
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Kernel",
     "LocalEdit",
     "Mixture",
+    "ParticleGibbs",
     "Restart",
     "StepInfo",
     "SuffixResample",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class Tempered(MCMC):
         if self.ladder is None and self.num_temperatures < 2:
             raise ModelError(f"Tempered: got num_temperatures={self.num_temperatures}, expected at least 2")
         powers = self.powers
-        rising = all(a < b for a, b in zip(powers, powers[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(powers))
         if len(powers) < 2 or powers[0] != 0.0 or powers[-1] != 1.0 or not rising:
             raise ModelError(f"Tempered: got ladder={self.ladder}, expected powers that rise from 0 to 1")
         if self.swap_every < 1:
