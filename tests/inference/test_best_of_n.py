@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from lmppl.diagnostics.divergences import kl_divergence, total_variation
-from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
+from lmppl.errors import InfeasibleModel, ModelError, SupportTooLarge, UnsupportedModel
 from lmppl.inference.approximation import Sampler
-from lmppl.inference.best_of_n import BestOfN, best_of_n_law
+from lmppl.inference.best_of_n import BestOfN, best_of_n_law, choose_of_each, soft_best_of_n_law
 from lmppl.inference.engine import Budget, Guarantee, infer
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
+from lmppl.testing.enumeration import every_outcome
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, count_of, enumerable_lm, goodness_of_fit, has_no, wavy
 
 
@@ -69,6 +70,71 @@ def test_rare_levels_keep_their_relative_precision():
     assert float(law[0].exp()) == pytest.approx(8e-30, rel=1e-12)
 
 
+# The choice, walked through, and the soft variant.
+
+
+def law_of_the_choice(log_prior, scores, n, soft):
+    """(S,) every n-tuple of outcomes, and every branch of the engine's own choice among them."""
+    prior, law = log_prior.exp(), torch.zeros(len(log_prior), dtype=torch.float64)
+    for members in itertools.product(range(len(prior)), repeat=n):
+        rows = torch.tensor(members)
+        chance = float(prior[rows].prod())
+        if chance > 0:
+            for share, (winner,) in every_outcome(
+                lambda source, rows=rows: choose_of_each(scores[rows][None], source, soft)
+            ):
+                law[rows[winner]] += chance * share
+    return law
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("soft", [None, 0.3, 1.0, 5.0])
+def test_the_laws_are_those_of_the_engines_own_choice(n, soft):
+    prior = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1, 0.0], dtype=torch.float64).log()
+    scores = torch.tensor([0.0, 1.0, 1.0, -math.inf, -math.inf, 7.0], dtype=torch.float64)
+    law = best_of_n_law(prior, scores, n) if soft is None else soft_best_of_n_law(prior, scores, n, soft)
+    torch.testing.assert_close(law.exp(), law_of_the_choice(prior, scores, n, soft), rtol=0, atol=TOLERANCE)
+    assert float(law.exp().sum()) == pytest.approx(1.0, abs=TOLERANCE)
+    if soft == 0.3 and n == 3:  # mutant: one importance weight for the whole tuple, that is the target itself
+        target = torch.log_softmax(torch.where(prior > -math.inf, prior + scores / soft, -math.inf), 0)
+        assert float(total_variation(law, target)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+@pytest.mark.parametrize("context", [0, 1])
+def test_the_soft_law_and_its_limits(kind, context):
+    brute = brute_force(enumerable_lm(kind) * Reward(count_of("a")) * Constraint(has_no("b")), context)
+    prior, scores = brute.log_prior, brute.log_phi
+    for n in (1, 3, 6):
+        cold, hot = (soft_best_of_n_law(prior, scores, n, t) for t in (1e-3, 1e6))
+        assert float(total_variation(cold, best_of_n_law(prior, scores, n))) < TOLERANCE
+        only_possible = soft_best_of_n_law(prior, torch.where(scores > -math.inf, 0.0, -math.inf), n, 1.0)
+        assert float(total_variation(hot, only_possible)) < 1e-5
+        law = soft_best_of_n_law(prior, scores, n, 0.7)
+        for level in scores.unique():
+            ratio = (law - prior)[scores == level]  # within a level ∝ π0
+            torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=0, atol=TOLERANCE)
+    assert float(total_variation(soft_best_of_n_law(prior, scores, 1, 0.7), prior)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_with_weights_phi_it_goes_to_the_posterior_like_one_over_n(kind):
+    brute = brute_force(enumerable_lm(kind) * Reward(count_of("a"), beta=2.0), 0)
+    gaps = {
+        n: float(kl_divergence(soft_best_of_n_law(brute.log_prior, brute.log_phi, n, 1.0), brute.log_posterior))
+        for n in (2, 4, 8, 16)
+    }
+    # A KL of order 1/n at most: doubling n at least halves it in the limit.
+    assert gaps[2] > gaps[4] > gaps[8] > gaps[16]
+    assert gaps[8] / gaps[16] > 1.9, gaps
+    assert gaps[16] < 0.02
+    # Mutant: the hard variant goes away from it.
+    hard = [
+        float(total_variation(best_of_n_law(brute.log_prior, brute.log_phi, n), brute.log_posterior)) for n in (8, 32)
+    ]
+    assert hard[1] > hard[0]
+
+
 # Statistics: p-values below 1e-3 in 1 of 1,000 runs of each test; 8 tests with fixed seeds.
 
 
@@ -84,6 +150,17 @@ def test_draws_have_that_law(kind, n):
         assert len(own) == 2000
         assert goodness_of_fit(own, brute, law) > 1e-3
         assert goodness_of_fit(own, brute, best_of_n_law(brute.log_prior, brute.log_phi, n + 2)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["tabular", "llama"])
+def test_soft_draws_have_the_soft_law(kind):
+    model = enumerable_lm(kind) * Reward(count_of("a"), beta=0.5) * Constraint(has_no("b"))
+    result = best_of(model, BestOfN(3, soft=4.0), 2000, seed=6)
+    for context in (0, 1):
+        brute = brute_force(model, context)
+        own = result.draws.select(result.draws.context == context)
+        assert goodness_of_fit(own, brute, soft_best_of_n_law(brute.log_prior, brute.log_phi, 3, 4.0)) > 1e-3
+        assert goodness_of_fit(own, brute, best_of_n_law(brute.log_prior, brute.log_phi, 3)) < 1e-6
 
 
 def test_a_named_score_decides_alone():
@@ -174,6 +251,13 @@ def test_refusals():
         best_of(lm * Reward(wavy), BestOfN(0))
     with pytest.raises(ModelError, match=r"score 'nope' names no factor or feature; there are \['wavy'"):
         best_of(lm * Reward(wavy), BestOfN(2, score="nope"))
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(ModelError, match="expected a positive temperature"):
+            best_of(lm * Reward(wavy), BestOfN(2, soft=wrong))
+    with pytest.raises(ModelError, match="expected n ≥ 1 and τ > 0"):
+        soft_best_of_n_law(torch.zeros(1), torch.zeros(1), 2, 0.0)
+    with pytest.raises(SupportTooLarge, match="fall in"):
+        soft_best_of_n_law(torch.full((100,), math.log(0.01)), torch.arange(100.0), 20, 1.0)
     with pytest.raises(ModelError, match="num_draws: got 0"):
         best_of(lm * Reward(wavy), BestOfN(2), 0)
     with pytest.raises(ModelError, match="got n = 0"):
