@@ -1,34 +1,46 @@
 """HOW: engines that turn a declaration into draws, each one published algorithm in its own file."""
 
 from lmppl.inference.approximation import Approximation, Chains, ExactTable, Particles, Sampler
-from lmppl.inference.best_of_n import BestOfN, best_of_n_law
+from lmppl.inference.beam_search import Beam, Greedy
+from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
 from lmppl.inference.conditional_smc import Sandwich, conditional_smc, particle_gibbs_step, sandwich
 from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, infer, shard_generator, stream
 from lmppl.inference.exact import Exact
+from lmppl.inference.guided import GuidedLM
 from lmppl.inference.importance import Importance
+from lmppl.inference.pplm import PPLM
+from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
 from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionCurve, quasi_rejection_curve
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 from lmppl.inference.smc import SMC
 from lmppl.inference.step_proposals import StepProposal
 from lmppl.inference.twists import ExactTwist, FactorTwist, ProductTwist
+from lmppl.inference.weighted_decoding import WeightedDecoding
 
 __all__ = [
     "ENGINES",
+    "PPLM",
     "SMC",
     "Approximation",
+    "Beam",
     "BestOfN",
     "Budget",
     "Chains",
+    "ClassConditional",
     "Engine",
     "Exact",
     "ExactTable",
     "ExactTwist",
     "FactorTwist",
+    "Greedy",
     "Guarantee",
+    "GuidedLM",
+    "HiddenScore",
     "Importance",
     "Part",
     "Particles",
+    "PrefixScore",
     "ProductTwist",
     "QuasiRejection",
     "QuasiRejectionCurve",
@@ -38,6 +50,7 @@ __all__ = [
     "Sandwich",
     "Shard",
     "StepProposal",
+    "WeightedDecoding",
     "best_of_n_law",
     "conditional_smc",
     "infer",
@@ -47,6 +60,7 @@ __all__ = [
     "resolve_engine",
     "sandwich",
     "shard_generator",
+    "soft_best_of_n_law",
     "split_engines",
     "stream",
 ]

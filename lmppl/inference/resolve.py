@@ -14,18 +14,32 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine, Guarantee, require_instance
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.pplm import PPLM
 from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.smc import SMC
+from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.modeling.target import TargetForm
 
 __all__ = ["ENGINES", "parse_engine", "resolve_engine", "split_engines"]
 
-ENGINES: tuple[type[Engine], ...] = (Exact, Rejection, Importance, SMC, QuasiRejection, BestOfN)
+ENGINES: tuple[type[Engine], ...] = (
+    Exact,
+    Rejection,
+    Importance,
+    SMC,
+    QuasiRejection,
+    WeightedDecoding,
+    PPLM,
+    BestOfN,
+    Greedy,
+    Beam,
+)
 """Every engine of lmppl, in the order of preference: exact, then approximate; heuristics last."""
 
 _CALL = re.compile(r"(?:(?P<module>[\w.]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?", re.DOTALL)
