@@ -36,7 +36,7 @@ class TwistRecord:
     cost : Cost
         Everything that learning took: draws, evidence and hidden states.
     figures : dict
-        On draws that were held out, each a list of C numbers, nan where they hold no draw of φ > 0: `kl` estimates
+        On draws that were held out, if any, each a list of C numbers, nan where none of them has φ > 0: `kl` estimates
         KL(π*‖q) of the law q ∝ π0 ψ token by token, in nats; `variance` and `prior_variance` the relative
         variance of the weights γ/q and of γ/π0. All three are blind to what no draw has shown.
     versions : dict

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from math import cos, inf, nan, pi
+from math import cos, inf, isinf, isnan, nan, pi
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,7 @@ def learn_twist(
     learning_rate, weight_decay : float
     holdout : float
         Share of the draws of each context that is not learned from; it chooses the state of the head that is kept,
-        by its estimate of KL(π*‖q), and gives `record.figures`.
+        by its estimate of KL(π*‖q), and gives `record.figures`. 0: the last state is kept, and there are no figures.
     draws : Draws, optional
         In place of draws of the prior: those of any proposal, with `log_prior` and `log_q`.
     positives : Draws, Engine or str, optional
@@ -173,8 +173,8 @@ def _check(counts: dict[str, Any], learning_rate: float, weight_decay: float, ho
         raise ModelError(f"learning_rate: got {learning_rate!r}, expected a positive number")
     if not weight_decay >= 0.0:
         raise ModelError(f"weight_decay: got {weight_decay!r}, expected a number of at least 0")
-    if not 0.0 < holdout < 1.0:
-        raise ModelError(f"holdout: got {holdout!r}, expected a share between 0 and 1")
+    if not 0.0 <= holdout < 1.0:
+        raise ModelError(f"holdout: got {holdout!r}, expected a share of at least 0 and below 1")
 
 
 def _rounds(num_steps: int, positives: Draws | Engine | str | None, num_rounds: int) -> list[int]:
@@ -213,7 +213,7 @@ class _Trainer:
         self.num_steps, self.learning_rate, self.generator = num_steps, learning_rate, generator
         self.done = 0
         by_context = [rows[torch.randperm(len(rows), generator=generator)] for rows in _rows_of(data) if len(rows)]
-        counts = [min(CHECKED_ROWS, max(1, round(holdout * len(rows)))) for rows in by_context]
+        counts = [min(CHECKED_ROWS, max(1, round(holdout * len(rows)))) if holdout else 0 for rows in by_context]
         self.held = torch.cat([rows[:n] for rows, n in zip(by_context, counts, strict=True)])
         size = max(1, batch_size // len(by_context))
         if loss.uses_expected:
@@ -259,16 +259,15 @@ class _Trainer:
             self.done += 1
             if self.done % every == 0 or self.done == until:
                 self._look()
-            show(self.done, {"loss": f"{float(value.detach()):.4g}", "KL held out": f"{self.best:.4g}"})
+            figures = {"loss": f"{float(value.detach()):.4g}"}
+            show(self.done, figures if isinf(self.best) else {**figures, "KL held out": f"{self.best:.4g}"})
 
     def _schedule(self) -> float:
         warm = min(1.0, (self.done + 1) / WARM_UP)
         return warm * 0.5 * (1.0 + cos(pi * self.done / self.num_steps))
 
-    @torch.no_grad()
     def _look(self) -> None:
-        found = self._measure()["kl"]
-        known = [x for x in found if x == x]
+        known = [x for x in self._measure().get("kl", []) if not isnan(x)]
         kl = sum(known) / len(known) if known else inf
         if kl < self.best or self.best == inf:
             self.best = kl
@@ -276,7 +275,9 @@ class _Trainer:
 
     @torch.no_grad()
     def _measure(self) -> dict[str, list[float]]:
-        """The figures of `TwistRecord`, on the rows held out."""
+        """The figures of `TwistRecord`, on the rows held out; none without such rows."""
+        if len(self.held) == 0:
+            return {}
         r = evaluate_rollouts(self.head, self.base, self.held, self.log_z)
         steered = (r.log_psi - r.log_expected).masked_fill(~r.mask, 0.0).double().sum(1)  # log q − log π0
         prior = r.log_prior_weight.double()
