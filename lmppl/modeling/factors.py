@@ -83,7 +83,10 @@ class Incremental(Protocol):
     `weigh` is the ratio log ψ(x_≤t) − log ψ(x_<t) for candidate tokens.
     """
 
-    needs: Collection[Literal["text", "ids", "hidden"]]
+    @property
+    def needs(self) -> Collection[Literal["text", "ids", "hidden"]]:
+        """What it reads; a class attribute will do. With "text" it reads texts one by one, slow for all V tokens."""
+        ...
 
     def start(self, contexts: Tensor, step: Step | None = None) -> Any:
         """State of B empty completions of `contexts` (B,).

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError, UnsupportedModel
 from lmppl.inference.awrs import AWRS, WeightedTokens, awrs
+from lmppl.inference.engine import infer
+from lmppl.inference.smc import SMC
 from lmppl.inference.step_proposals import StepProposal, StepRows
+from lmppl.lm import LM
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
+from lmppl.modeling.evidence import Constraint, Reward
+from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
-from tests.models import ENUMERABLE, TOLERANCE, enumerable_lm
+from tests.inference.smc_cases import Law, brute_of, small_lm, sweep_law
+from tests.models import ENUMERABLE, TOLERANCE, enumerable_lm, has_no, wavy
 
 LAWS = {
     "skewed": [0.5, 0.05, 0.3, 0.15],
@@ -262,3 +268,58 @@ def test_given_tokens_are_refused() -> None:
 
 def test_it_is_a_step_proposal() -> None:
     assert isinstance(AWRS(), StepProposal)
+
+
+# In sequential Monte Carlo.
+
+
+class Unweighted(AWRS):
+    """A mutant that takes the allowed mass for 1."""
+
+    def start(self, target: Target, frontier: Frontier):
+        sampler = super().start(target, frontier)
+        propose = sampler.propose
+
+        def ignoring(rows: StepRows, source: Source):
+            found = propose(rows, source)
+            return found._replace(log_increment=found.weigh)
+
+        sampler.propose = ignoring
+        return sampler
+
+
+def law_of(kind: str, proposal: AWRS, context: int, particles: int = 1) -> Law:
+    model = small_lm(kind) * Reward(wavy, beta=0.4) * Constraint(has_no("b"), prefix_closed=True)
+    smc = SMC(particles, proposal=proposal, ess_threshold=1.0)
+    return Law(brute_of(model, context), sweep_law(Target(model), smc, context))
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "particles", "options"),
+    [("tabular", 0, 2, {"max_checks": 2}), ("tabular", 1, 1, {}), ("llama", 1, 1, {}), ("mistral", 0, 1, {})],
+)
+def test_sweeps_that_use_it_are_unbiased(kind: str, context: int, particles: int, options: dict) -> None:
+    law = law_of(kind, AWRS(**options), context, particles)
+    assert law.total == pytest.approx(1.0, abs=1e-10)
+    assert law.mean_z == pytest.approx(float(law.brute.log_z.exp()), abs=TOLERANCE)
+    assert torch.allclose(law.mean_mass, law.brute.log_gamma.exp(), rtol=0, atol=TOLERANCE)
+
+
+def test_sweeps_that_ignore_the_estimate_are_biased() -> None:
+    law = law_of("tabular", Unweighted(), 0)
+    assert float((law.mean_mass - law.brute.log_gamma.exp()).abs().max()) > 1e-3
+
+
+def test_a_run_asks_about_few_tokens() -> None:
+    asked: list[str] = []
+
+    def without_letters(texts: list[str]) -> list[bool]:
+        asked.extend(texts)
+        return [not set(t) & set("xyzq") for t in texts]
+
+    lm = LM("tiny", context="The film", max_new_tokens=6)
+    model = lm * Constraint(without_letters, prefix_closed=True)
+    result = infer(model, SMC(16, proposal=AWRS(), num_sweeps=1), seed=1)
+    assert result.cost.factor_calls == len(asked) < 16 * 6 * 6  # of 16 · 6 · V
+    assert not any(set(t) & set("xyzq") for t in result.draws.text)
+    assert bool((result.draws.log_weight > -math.inf).all())

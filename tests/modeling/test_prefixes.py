@@ -1,7 +1,8 @@
-"""Constraints prefix by prefix: against every outcome of enumerable models, of four kinds of tokens and stop strings."""
+"""Constraints prefix by prefix, against every outcome of small models: of letters, of bytes, with stop strings."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import cache
@@ -48,7 +49,7 @@ CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
     "ascii": lambda: Constraint(lambda texts: [t.isascii() for t in texts], prefix_closed=True),
     "context": lambda: Constraint(lambda full: ["abab" not in t for t in full], on="full", prefix_closed=True),
     "ids": lambda: Constraint(
-        lambda rows: [(1, 1) not in zip(t, t[1:], strict=False) for t in rows.token_lists()],
+        lambda rows: [(1, 1) not in itertools.pairwise(t) for t in rows.token_lists()],
         on="ids",
         prefix_closed=True,
         name="ids",
@@ -193,6 +194,8 @@ def test_a_mask_is_a_table_where_tokens_add_up_and_a_reading_elsewhere() -> None
     factor = CONSTRAINTS["avoiding"]()
     assert isinstance(factor.bind(build("bytes")).incremental.form, AutomatonPrefixes)
     assert isinstance(factor.bind(build("stop string")).incremental.form, PrefixReader)
+    assert "text" not in factor.bind(build("bytes")).incremental.needs
+    assert "text" in factor.bind(build("stop string")).incremental.needs
 
 
 class Joining(TabularLM):

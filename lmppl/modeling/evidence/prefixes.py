@@ -8,6 +8,7 @@ settled text, with which every continuation's text begins (see `lmppl.lm.spellin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -196,19 +197,20 @@ def automaton_form(automaton: Automaton, lm: LanguageModel) -> Incremental:
 class _AutomatonForm:
     """Chooses on first use, since knowing whether tokens add up to text takes decoding the vocabulary."""
 
-    needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"ids"})
-
     def __init__(self, automaton: Automaton, lm: LanguageModel) -> None:
         self.automaton, self.lm = automaton, lm
-        self._form: Incremental | None = None
+
+    @cached_property
+    def form(self) -> AutomatonPrefixes | PrefixReader:
+        """The table, or the reader."""
+        whole = self.lm.ends_by_eos_alone
+        tabulated = whole and (self.automaton.over == "tokens" or self.lm.spelling.additive)
+        return AutomatonPrefixes(self.automaton, self.lm) if tabulated else self._reader()
 
     @property
-    def form(self) -> Incremental:
-        if self._form is None:
-            whole = self.lm.ends_by_eos_alone
-            tabulated = whole and (self.automaton.over == "tokens" or self.lm.spelling.additive)
-            self._form = AutomatonPrefixes(self.automaton, self.lm) if tabulated else self._reader()
-        return self._form
+    def needs(self) -> Collection[Literal["text", "ids", "hidden"]]:
+        """As `Incremental.needs`: text only where prefixes are read, which is slow for all V tokens."""
+        return self.form.needs
 
     def start(self, contexts: Tensor, step: Step | None = None) -> Any:
         """As `Incremental.start`."""
