@@ -1,0 +1,29 @@
+"""A guided decoder as it is, and as a proposal: a crude score of prefixes, corrected by weights.
+
+    lmppl compare examples/guided.py
+    python examples/guided.py
+
+The score adds a nat for each word of praise so far. It steers well, and it samples another law than the posterior:
+`compare` shows how far off it is as it stands, and what its weights are worth as a proposal.
+"""
+
+import lmppl
+
+PRAISE = {"great", "good", "best", "love", "loved", "funny", "beautiful", "brilliant", "wonderful"}
+
+
+def praise(texts: list[str]) -> list[float]:
+    """Words of praise in each text, three at most."""
+    return [float(min(3, sum(word.strip(".,!") in PRAISE for word in text.lower().split()))) for text in texts]
+
+
+prior = lmppl.LM("tiny", context="The film was", max_new_tokens=12)
+model = prior * lmppl.Reward(praise, beta=0.7, upper=3.0)
+guided = lmppl.WeightedDecoding.controlled(praise, top_k=50)
+engines = [lmppl.Importance(128), guided, lmppl.BestOfN(4, soft=0.7), lmppl.Beam(4)]
+
+
+if __name__ == "__main__":
+    q = lmppl.WeightedDecoding.controlled(praise).language_model(model)
+    entrants = {"guided": q, "corrected": lmppl.Importance(128, proposal=q), "from the prior": lmppl.Importance(128)}
+    print(lmppl.compare(model, entrants, num_draws=128))
