@@ -26,9 +26,11 @@ from lmppl.inference.twists.rollouts import (
     states_before,
 )
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.randomness import Source
 from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling import Constraint, Incremental, Model, Reward, Target
 from lmppl.sequences import Cost, Draws, Sequences, concatenate
+from lmppl.testing.enumeration import every_outcome
 from tests.lm.random_models import build, tokenizer
 from tests.models import TOLERANCE, brute_force, enumerable_lm, has_no, wavy
 
@@ -444,3 +446,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
     assert LearnedTwist.load(path, enumerable_lm("llama")).record.loss in ("contrastive", "soft_value")
     assert [p.name for p in tmp_path.iterdir()] == ["praise.twist"]
+
+
+# At work.
+
+
+def test_the_evidence_stays_unbiased_whatever_was_learned() -> None:
+    """E Ẑ = Z over every choice that two particles can make, with a twist that knows nothing."""
+    lm = TransformersLM(build("llama", 4), tokenizer=tokenizer(4), context=["ab"], max_new_tokens=2)
+    model = Model(lm) * Reward(wavy, beta=0.3) * Constraint(has_no("b"))
+    engine = SMC(2, 1.0, twist=random_twist(lm), num_sweeps=1)
+
+    def run(source: Source) -> float:
+        return float(engine.sweep(Target(model), torch.tensor([0]), source).log_z.exp())
+
+    found = list(every_outcome(run))
+    assert abs(sum(p for p, _ in found) - 1.0) < 1e-12
+    mean = sum(p * z for p, z in found)
+    assert abs(mean - float(brute_force(model, 0).log_z.exp())) < TOLERANCE
+    assert max(z for _, z in found) > 1.01 * mean
