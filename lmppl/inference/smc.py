@@ -243,7 +243,9 @@ class SMC(Engine):
             "factors": [f.name for f in target.factors],
             "log_upper": target.form.log_upper,
             "from_prior": isinstance(proposal, PriorProposal),
-            "at_most_one": hard and not isinstance(proposal, LanguageModelProposal) and target.form.log_upper <= 0.0,
+            "at_most_one": hard
+            and isinstance(proposal, PriorProposal | OptimalProposal)
+            and target.form.log_upper <= 0.0,
             "coverage": coverage,
         }
 
