@@ -1,6 +1,7 @@
 """HOW: engines that turn a declaration into draws, each one published algorithm in its own file."""
 
 from lmppl.inference.approximation import Approximation, Chains, ExactTable, Particles, Sampler
+from lmppl.inference.awrs import AWRS, awrs
 from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
 from lmppl.inference.conditional_smc import Sandwich, conditional_smc, particle_gibbs_step, sandwich
@@ -19,6 +20,7 @@ from lmppl.inference.twists import ExactTwist, FactorTwist, ProductTwist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 
 __all__ = [
+    "AWRS",
     "ENGINES",
     "PPLM",
     "SMC",
@@ -51,6 +53,7 @@ __all__ = [
     "Shard",
     "StepProposal",
     "WeightedDecoding",
+    "awrs",
     "best_of_n_law",
     "conditional_smc",
     "infer",
