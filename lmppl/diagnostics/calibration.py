@@ -1,4 +1,4 @@
-"""Tests of a sampler by exact draws of π*, without a density: one-step exchangeability, simulation-based calibration."""
+"""Tests of a sampler by exact draws of π*, without a density: exchangeability in one step, rank calibration."""
 
 from __future__ import annotations
 
