@@ -16,7 +16,7 @@ from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 from lmppl.inference.smc import SMC
 from lmppl.inference.step_proposals import StepProposal
-from lmppl.inference.twists import ExactTwist, FactorTwist, ProductTwist
+from lmppl.inference.twists import ExactTwist, FactorTwist, LearnedTwist, ProductTwist, learn_twist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "GuidedLM",
     "HiddenScore",
     "Importance",
+    "LearnedTwist",
     "Part",
     "Particles",
     "PrefixScore",
@@ -57,6 +58,7 @@ __all__ = [
     "best_of_n_law",
     "conditional_smc",
     "infer",
+    "learn_twist",
     "parse_engine",
     "particle_gibbs_step",
     "quasi_rejection_curve",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import lmppl
-from lmppl.inference.twists import LearnedTwist, learn_twist
+from lmppl.inference import LearnedTwist, learn_twist
 from tests.benchmarks.measuring import record
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
