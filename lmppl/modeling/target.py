@@ -49,6 +49,8 @@ class TargetForm:
         Σ_k sup log φ_k, in nats; inf where one is unbounded.
     incremental, soft : tuple of str
         Factors with a prefix-by-prefix form, and with a differentiable one.
+    graded : tuple of str
+        Factors that are no plain predicate: φ may take more values than 0 and 1.
     """
 
     num_contexts: int
@@ -64,6 +66,7 @@ class TargetForm:
     log_upper: float
     incremental: tuple[str, ...] = ()
     soft: tuple[str, ...] = ()
+    graded: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Model) -> TargetForm:
@@ -83,6 +86,7 @@ class TargetForm:
             log_upper=sum(f.upper for f in factors),
             incremental=tuple(f.name for f in factors if f.incremental is not None),
             soft=tuple(f.name for f in factors if f.soft is not None),
+            graded=tuple(f.name for f in factors if f.kind != "Constraint"),
         )
 
 
