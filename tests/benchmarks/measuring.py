@@ -108,13 +108,14 @@ def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def in_turns(contenders: dict[str, Callable[[int], dict[str, Any]]], rounds: int) -> Found:
-    """Every contender once in each round, after a round that does not count; each gets the round's number.
+def in_turns(contenders: dict[str, Callable[[int], dict[str, Any]]], rounds: int, *, warm_up: bool = True) -> Found:
+    """Every contender once in each round; each gets the round's number.
 
-    A contender returns figures, `cpu_seconds` among them.
+    A contender returns figures, `cpu_seconds` among them. With `warm_up` a first round does not count.
     """
-    for contender in contenders.values():
-        contender(-1)
+    if warm_up:
+        for contender in contenders.values():
+            contender(-1)
     found: Found = {name: [] for name in contenders}
     for number in range(rounds):
         for name, contender in contenders.items():

@@ -1,0 +1,211 @@
+"""`MCMC(SuffixResample)`: CPU seconds against the same algorithm on `generate`, and against its forwards alone.
+
+64 chains of 32 steps on texts of 32 tokens. `generate` reads each kept prefix again; here caches live across steps. The
+bare loop makes the forwards that the engine made, of as many rows, tokens and columns, and nothing else. Ratios are
+medians over rounds in which each contender runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import lmppl
+from lmppl.inference.mcmc import MCMC, SuffixResample
+from lmppl.lm import LM
+from lmppl.lm.caches import BufferedCache, BufferedLayer
+from tests.benchmarks.measuring import cpu_seconds, in_turns, ratio, record, single_thread
+from tests.benchmarks.random_llama import CONTEXT, make_folder
+
+CHAINS, STEPS, CAP = 64, 32, 32
+LETTER, BETA = "a", 2.0
+WANTED = {"1M": 2.3, "12M": 2.7}
+
+
+def reward(texts: list[str]) -> list[int]:
+    return [text.count(LETTER) for text in texts]
+
+
+class Call(NamedTuple):
+    """One forward: tokens (B, k), columns of the cache before it, and the mask and positions of padded rows."""
+
+    tokens: Tensor
+    before: int
+    mask: Tensor | None
+    positions: Tensor | None
+
+
+class Problem:
+    """A model of `size` with a reward, for every contender; `law` is that of the position to go on from."""
+
+    def __init__(self, size: str, folder: Path, law: str) -> None:
+        self.size, self.law = size, law
+        self.lm = LM(str(folder), context=CONTEXT, max_new_tokens=CAP, device="cpu")
+        assert self.lm.abilities.cache == "buffer"  # probed before the clock runs
+        self.model = self.lm * lmppl.Reward(reward, beta=BETA)
+        self.engine = MCMC(num_chains=CHAINS, num_steps=STEPS, warmup=0, kernel=SuffixResample(index=law))
+
+    def ours(self, number: int) -> dict[str, float]:
+        seconds, result = cpu_seconds(lambda: lmppl.infer(self.model, self.engine, seed=number, progress=False))
+        assert len(result.draws) == CHAINS * STEPS
+        return {
+            "cpu_seconds": seconds,
+            "mean_reward": float(torch.tensor(reward(result.draws.text)).double().mean()),
+            "lm_tokens": result.cost.lm_tokens,
+            "lm_forwards": result.cost.lm_forwards,
+        }
+
+    def on_generate(self, number: int) -> dict[str, float]:
+        chains = on_generate_by_column if self.law == "horizon" else on_generate_by_row
+        torch.manual_seed(number + 1)
+        seconds, rewards = cpu_seconds(lambda: chains(self))
+        return {"cpu_seconds": seconds, "mean_reward": float(rewards.mean())}
+
+    def forwards_alone(self, number: int) -> dict[str, float]:
+        """The forwards of `ours` with the same seed, recorded outside the clock."""
+        calls = recorded_forwards(self, number)
+        seconds, _ = cpu_seconds(lambda: replay(self, calls))
+        return {"cpu_seconds": seconds, "forwards": len(calls)}
+
+
+def generate(problem: Problem, prompt: Tensor, mask: Tensor, count: int) -> Tensor:
+    """(B, count) new tokens, as a user of transformers draws them."""
+    ids: Tensor = problem.lm.network.model.generate(
+        prompt, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=count,
+        pad_token_id=problem.lm.pad_id,
+    )  # fmt: skip
+    return ids[:, prompt.shape[1] :]
+
+
+def scores(problem: Problem, ids: Tensor) -> Tensor:
+    return torch.tensor(reward(problem.lm.tokenizer.batch_decode(ids, skip_special_tokens=True))).double()
+
+
+@torch.no_grad()
+def on_generate_by_column(problem: Problem) -> Tensor:
+    """All chains go on from one random position: prompts are equally long, and nothing is padded."""
+    context = problem.lm.context_ids.expand(CHAINS, -1)
+    ids = generate(problem, context, torch.ones_like(context), CAP)
+    current, visited = scores(problem, ids), []
+    for _ in range(STEPS):
+        keep = int(torch.randint(CAP, ()))
+        prompt = torch.cat([context, ids[:, :keep]], 1)
+        new = torch.cat([ids[:, :keep], generate(problem, prompt, torch.ones_like(prompt), CAP - keep)], 1)
+        proposed = scores(problem, new)
+        accept = torch.rand(CHAINS, dtype=torch.float64).log() < (proposed - current) / BETA
+        ids, current = torch.where(accept[:, None], new, ids), torch.where(accept, proposed, current)
+        visited.append(current)
+    return torch.stack(visited)
+
+
+@torch.no_grad()
+def on_generate_by_row(problem: Problem) -> Tensor:
+    """Each chain goes on from its own position: prompts are padded on the left, and what is over the cap is cut."""
+    context = problem.lm.context_ids.expand(CHAINS, -1)
+    width = context.shape[1]
+    ids = generate(problem, context, torch.ones_like(context), CAP)
+    current, visited = scores(problem, ids), []
+    columns = torch.arange(width + CAP)
+    for _ in range(STEPS):
+        keep = torch.randint(CAP, (CHAINS,))
+        longest = int(keep.max())
+        whole = torch.cat([context, ids], 1)
+        source = columns[: width + longest] - (longest - keep)[:, None]
+        prompt = whole.gather(1, source.clamp_min(0)).masked_fill(source < 0, problem.lm.pad_id)
+        drawn = generate(problem, prompt, (source >= 0).long(), CAP - int(keep.min()))
+        there = columns[:CAP] - keep[:, None]
+        new = torch.where(there < 0, ids, drawn.gather(1, there.clamp(0, drawn.shape[1] - 1)))
+        proposed = scores(problem, new)
+        accept = torch.rand(CHAINS, dtype=torch.float64).log() < (proposed - current) / BETA
+        ids, current = torch.where(accept[:, None], new, ids), torch.where(accept, proposed, current)
+        visited.append(current)
+    return torch.stack(visited)
+
+
+def recorded_forwards(problem: Problem, number: int) -> list[Call]:
+    """Every forward of one run of the engine."""
+    network, calls = problem.lm.network, []
+    original = network.forward
+
+    def recording(tokens: Tensor, **options: Any) -> Tensor:
+        before = options["cache"].get_seq_length()
+        calls.append(Call(tokens.clone(), before, options["mask"], options["positions"]))
+        return original(tokens, **options)
+
+    network.forward = recording
+    try:
+        problem.ours(number)
+    finally:
+        network.forward = original
+    return calls
+
+
+@torch.no_grad()
+def replay(problem: Problem, calls: list[Call]) -> None:
+    """The recorded forwards and the head's scores, on one cache whose columns are written in place."""
+    network = problem.lm.network
+    config = network.config
+    rows = max(len(call.tokens) for call in calls)
+    columns = max(call.before + call.tokens.shape[1] for call in calls)
+    size = config.hidden_size // config.num_attention_heads
+    shape = (rows, config.num_key_value_heads, columns, size)
+    buffers = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+    for call in calls:
+        cache = BufferedCache(columns)
+        for keys, values in buffers:
+            layer = BufferedLayer(columns)
+            layer.hold(keys[: len(call.tokens)], values[: len(call.tokens)], call.before)
+            cache.layers.append(layer)
+        options = {} if call.mask is None else {"attention_mask": call.mask, "position_ids": call.positions}
+        hidden = network.body(input_ids=call.tokens, past_key_values=cache, use_cache=True, **options)[0]
+        network.head(hidden[:, -1])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(size: str) -> Path:
+        if size not in made:
+            made[size] = make_folder(size, tmp_path_factory.mktemp(size))
+        return made[size]
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
+
+
+@pytest.mark.parametrize("law", ["horizon", "length"])
+@pytest.mark.parametrize("size", list(WANTED))
+def test_suffix_resampling(folders: Callable[[str], Path], size: str, law: str) -> None:
+    problem = Problem(size, folders(size), law)
+    contenders = {"MCMC": problem.ours, "generate": problem.on_generate, "forwards alone": problem.forwards_alone}
+    found = in_turns(contenders, 5)
+    faster, overhead = ratio(found, "generate", "MCMC"), ratio(found, "MCMC", "forwards alone")
+    figures = {
+        "parameters": size,
+        "index": law,
+        "chains": CHAINS,
+        "steps": STEPS,
+        "tokens": CAP,
+        "rounds": len(found["MCMC"]),
+        "cpu_seconds": {name: median(f["cpu_seconds"] for f in rows) for name, rows in found.items()},
+        "lm_tokens": median(f["lm_tokens"] for f in found["MCMC"]),
+        "lm_forwards": median(f["lm_forwards"] for f in found["MCMC"]),
+        "mean_reward": {n: sum(f["mean_reward"] for f in found[n]) / 5 for n in ("MCMC", "generate")},
+        "generate_over_ours": faster,
+        "ours_over_forwards_alone": overhead,
+    }
+    record(f"mcmc-{size}-{law}", figures)
+    assert faster >= WANTED[size]
+    assert overhead <= 1.10
