@@ -105,8 +105,8 @@ class Tempered(MCMC):
     swendsen1986, geyer1991
     """
 
-    num_chains: int = 8
-    num_temperatures: int = 6
+    num_chains: int = 32
+    num_temperatures: int = 5
     ladder: tuple[float, ...] | None = field(default=None, kw_only=True)
     swap_every: int = field(default=1, kw_only=True)
 
