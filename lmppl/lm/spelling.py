@@ -81,12 +81,11 @@ class Spelling:
         partial = [PARTIAL in piece for piece in self.pieces]
         clean = [bool(self.pieces[v]) and not partial[v] for v in range(vocab_size)]
         broken = [v for v in every if partial[v]]
-        for b in {broken[0], broken[-1]} if broken else ():
+        if broken:  # between pieces of characters, what is clean stays what it is and leaves them as they are
+            before, after = broken[0], broken[-1]
             whole = [v for v in every if clean[v]]
-            before = self._inside([(v, b) for v in whole])
-            after = self._inside([(b, v) for v in whole])
-            for v, one, two in zip(whole, before, after, strict=True):
-                clean[v] = one == self.pieces[v] + self.pieces[b] and two == self.pieces[b] + self.pieces[v]
+            for v, text in zip(whole, self._inside([(before, v, after) for v in whole]), strict=True):
+                clean[v] = text == self.pieces[before] + self.pieces[v] + self.pieces[after]
         self.clean, self.partial = torch.tensor(clean), torch.tensor(partial)
         self.open = torch.tensor([bool(piece) for piece in self.pieces]) & ~self.clean
         self.silent = torch.tensor(self._silent(every))

@@ -21,30 +21,31 @@ __all__ = ["AutomatonPrefixes", "AutomatonRows"]
 RUNS_KEPT = 1024  # runs of open tokens whose increments are remembered
 
 
+DEAD, OVER, BEGINNING = 1, 2, 4
+RUN, RUN_BITS = 3, 16  # tokens of the open run, from bit 3
+STATE = RUN + RUN_BITS
+UNUSUAL = BEGINNING | ((1 << STATE) - (1 << RUN))  # what a table alone cannot answer
+
+
 class AutomatonRows(NamedTuple):
-    """B prefixes; column t is what was so after t tokens.
+    """B prefixes.
 
     Parameters
     ----------
     ids : Tensor (B, T), int64
         Their tokens.
     lengths : Tensor (B,), int64
-    states : Tensor (B, T+1), int64
-        The automaton's state after the settled text.
-    runs : Tensor (B, T+1), int64
-        Tokens at the end whose text is not settled yet.
-    begun : Tensor (B, T+1), bool
-        Whether the next token stands inside a text.
-    values : Tensor (B, T+1), float64
-        The potential.
+    trail : Tensor (B, T+1), int64
+        What was so after each number of tokens, in one number: the automaton's state after the settled text, the length
+        of the run of tokens whose text is not settled, whether a text is still to begin, the row is dead, has ended.
+    uniform : int
+        The length of all rows; −1 where they differ.
     """
 
     ids: Tensor
     lengths: Tensor
-    states: Tensor
-    runs: Tensor
-    begun: Tensor
-    values: Tensor
+    trail: Tensor
+    uniform: int
 
 
 class AutomatonPrefixes:
@@ -75,80 +76,66 @@ class AutomatonPrefixes:
     def start(self, contexts: Tensor, step: Step | None = None) -> AutomatonRows:
         """As `Incremental.start`."""
         tables = self._on(contexts.device)
-        batch, width = len(contexts), self.horizon + 1
-        begun = ~tables.begins[contexts][:, None].expand(batch, width) if tables.first is not None else None
-        states = contexts.new_full((batch, width), self.automaton.start)
-        return AutomatonRows(
-            contexts.new_zeros(batch, self.horizon),
-            contexts.new_zeros(batch),
-            states,
-            torch.zeros_like(states),
-            torch.ones_like(states, dtype=torch.bool) if begun is None else begun.clone(),
-            tables.values(self.horizon)[states],
-        )
+        batch = len(contexts)
+        first = self.automaton.start
+        code = (first << STATE) | (0 if bool(tables.alive[self.horizon, first]) else DEAD)
+        trail = contexts.new_full((batch, self.horizon + 1), code)
+        if tables.first is not None:
+            trail[:, 0] |= tables.begins[contexts] * BEGINNING
+        return AutomatonRows(contexts.new_zeros(batch, self.horizon), contexts.new_zeros(batch), trail, 0)
 
     def weigh(self, state: AutomatonRows, candidates: Tensor | None) -> Tensor:
-        """As `Incremental.weigh`: 0 or −inf; −inf for a row that is dead or has ended."""
-        tables = self._on(state.ids.device)
-        now = state.lengths[:, None]
-        states, runs, begun = (x.gather(1, now)[:, 0] for x in (state.states, state.runs, state.begun))
-        dead = (state.values.gather(1, now)[:, 0] == -torch.inf) | self._over(state)
-        left = self.horizon - state.lengths
-        if len(left) and bool((left == left[0]).all()) and bool(begun.all()) and int(left[0]) > 0:
-            every = tables.mask(int(left[0]), False)[states]
+        """As `Incremental.weigh`: 0 or −inf; −inf for a row that is dead or has ended.
+
+        Where all rows are in one state, the rows of (B, V) share their memory.
+        """
+        tables, codes = self._on(state.ids.device), self._now(state)
+        left = self.horizon - state.uniform
+        if state.uniform < 0 or left == 0 or bool((codes & UNUSUAL).any()):
+            return self._weigh_each(state, codes, candidates)
+        states, mask = codes >> STATE, tables.mask(left, False)
+        if candidates is not None:
+            result = mask[states[:, None], candidates]
+        elif len(states) and bool((states == states[0]).all()):
+            result = mask[states[0]].expand(len(states), -1)
         else:
-            every = torch.full((len(states), self.lm.vocab_size), -torch.inf, dtype=self.lm.dtype, device=now.device)
-            for number, inside in torch.stack([left, begun.long()], 1)[left > 0].unique(dim=0).tolist():
-                rows = torch.nonzero((left == number) & (begun == bool(inside))).squeeze(1)
-                every[rows] = tables.mask(number, not inside)[states[rows]]
-        for row in torch.nonzero((runs > 0) & ~dead).squeeze(1).tolist():
-            every[row] = tables.after_run(self._run(state, row), int(states[row]), bool(begun[row]), int(left[row]))
-        if bool(dead.any()):
-            every = every.masked_fill(dead[:, None], -torch.inf)
-        return every if candidates is None else every.gather(1, candidates)
+            result = mask[states]
+        return self._without_dead(result, codes)
 
     def advance(self, state: AutomatonRows, tokens: Tensor, step: Any = None) -> AutomatonRows:
         """As `Incremental.advance`; every row has room for the token."""
-        tables = self._on(state.ids.device)
+        tables, codes = self._on(state.ids.device), self._now(state)
+        ids, trail = state.ids.clone(), state.trail.clone()
+        simple = state.uniform >= 0 and not bool(((codes & UNUSUAL) | tables.unusual[tokens]).any())
+        if simple:
+            states, at = codes >> STATE, state.uniform
+            dead = tables.mask(self.horizon - at, False)[states, tokens] == -torch.inf
+            new = (tables.following[states, tokens] << STATE) | (codes & DEAD) | dead | tables.over[tokens]
+            ids[:, at] = tokens
+            trail[:, at + 1] = new
+            return AutomatonRows(ids, state.lengths + 1, trail, at + 1)
         rows = torch.arange(len(tokens), device=tokens.device)
-        at = state.lengths
-        states, runs, begun, values = (x[rows, at] for x in (state.states, state.runs, state.begun, state.values))
-        moved = tables.following[states, tokens]
-        if tables.first is not None:
-            moved = torch.where(begun, moved, tables.first[states, tokens])
-        opens = tables.open[tokens]
-        after = torch.where(opens, states, moved)
-        left = self.horizon - at - 1
-        value = tables.mask_value(states, tokens, begun, left + 1)
-        longer = torch.where(opens, 1, 0)
-        for row in torch.nonzero(runs > 0).squeeze(1).tolist():  # a table cannot know what an open run becomes
-            run, token = self._run(state, row), int(tokens[row])
-            every = tables.after_run(run, int(states[row]), bool(begun[row]), int(left[row]) + 1)
-            value[row] = every[token]
-            if tables.settles[token]:
-                closed = tables.close(run, int(states[row]), bool(begun[row]))
-                after[row] = tables.following[closed, token]
-            else:
-                after[row], longer[row] = states[row], runs[row] + 1
-        settled = (longer == 0) & ~tables.silent[tokens]
-        value = torch.where(values == -torch.inf, values, value.to(values.dtype))
-        new = [x.clone() for x in (state.ids, state.states, state.runs, state.begun, state.values)]
-        new[0][rows, at] = tokens
-        for whole, column in zip(new[1:], (after, longer, begun | settled, value), strict=True):
-            whole[rows, at + 1] = column
-        return AutomatonRows(new[0], at + 1, *new[1:])
+        ids[rows, state.lengths] = tokens
+        trail[rows, state.lengths + 1] = self._advance_each(state, codes, tokens)
+        uniform = state.uniform if state.uniform < 0 else state.uniform + 1
+        return AutomatonRows(ids, state.lengths + 1, trail, uniform)
 
     def potential(self, state: AutomatonRows) -> Tensor:
         """As `Incremental.potential`."""
-        return state.values.gather(1, state.lengths[:, None])[:, 0]
+        codes = self._now(state)
+        return torch.zeros(len(codes), dtype=torch.float64, device=codes.device).masked_fill_(
+            (codes & DEAD) > 0, -torch.inf
+        )
 
     def select(self, state: AutomatonRows, index: Tensor) -> AutomatonRows:
         """As `Incremental.select`."""
-        return AutomatonRows(*(x[index] for x in state))
+        return AutomatonRows(state.ids[index], state.lengths[index], state.trail[index], state.uniform)
 
     def crop(self, state: AutomatonRows, lengths: Tensor) -> AutomatonRows:
         """As `Incremental.crop`."""
-        return state._replace(lengths=lengths.to(state.lengths))
+        lengths = lengths.to(state.lengths)
+        same = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        return state._replace(lengths=lengths, uniform=int(lengths[0]) if same else -1)
 
     def __repr__(self) -> str:
         return f"AutomatonPrefixes({self.automaton!r})"
@@ -158,15 +145,65 @@ class AutomatonPrefixes:
             self._tables = _Tables(self.automaton, self.lm, device)
         return self._tables
 
-    def _over(self, state: AutomatonRows) -> Tensor:
-        last = state.ids.gather(1, (state.lengths - 1).clamp_min(0)[:, None])[:, 0]
-        ended = self._on(state.ids.device).ends[last] & (state.lengths > 0)
-        return ended | (state.lengths == self.horizon)
+    @staticmethod
+    def _now(state: AutomatonRows) -> Tensor:
+        """(B,) the numbers of the trail that hold now."""
+        if state.uniform >= 0:
+            return state.trail[:, state.uniform]
+        return state.trail.gather(1, state.lengths[:, None])[:, 0]
 
-    def _run(self, state: AutomatonRows, row: int) -> list[int]:
+    @staticmethod
+    def _without_dead(weights: Tensor, codes: Tensor) -> Tensor:
+        dead = (codes & (DEAD | OVER)) > 0
+        return weights.masked_fill(dead[:, None], -torch.inf) if bool(dead.any()) else weights
+
+    def _weigh_each(self, state: AutomatonRows, codes: Tensor, candidates: Tensor | None) -> Tensor:
+        """`weigh` of rows of different lengths, at the beginning of a text, or with an open run."""
+        tables = self._on(codes.device)
+        states, begun, left = codes >> STATE, (codes & BEGINNING) == 0, self.horizon - state.lengths
+        shape = (len(codes), self.lm.vocab_size)
+        every = torch.full(shape, -torch.inf, dtype=self.lm.dtype, device=codes.device)
+        for number, inside in torch.stack([left, begun.long()], 1)[left > 0].unique(dim=0).tolist():
+            rows = torch.nonzero((left == number) & (begun == bool(inside))).squeeze(1)
+            every[rows] = tables.mask(number, not inside)[states[rows]]
+        for row in torch.nonzero((_run(codes) > 0) & (left > 0)).squeeze(1).tolist():
+            every[row] = tables.after_run(
+                self._tokens(state, codes, row), int(states[row]), bool(begun[row]), int(left[row])
+            )
+        every = self._without_dead(every, codes)
+        return every if candidates is None else every.gather(1, candidates)
+
+    def _advance_each(self, state: AutomatonRows, codes: Tensor, tokens: Tensor) -> Tensor:
+        """The numbers of the trail after `tokens`."""
+        tables = self._on(codes.device)
+        states, begun, left = codes >> STATE, (codes & BEGINNING) == 0, self.horizon - state.lengths
+        moved = tables.following[states, tokens]
+        if tables.first is not None:
+            moved = torch.where(begun, moved, tables.first[states, tokens])
+        opens = tables.open[tokens]
+        after, longer = torch.where(opens, states, moved), opens.long()
+        dead = tables.mask_value(states, tokens, begun, left) == -torch.inf
+        for row in torch.nonzero(_run(codes) > 0).squeeze(1).tolist():  # no table knows what an open run becomes
+            run, token = self._tokens(state, codes, row), int(tokens[row])
+            now, inside = int(states[row]), bool(begun[row])
+            dead[row] = tables.after_run(run, now, inside, int(left[row]))[token] == -torch.inf
+            if tables.settles[token]:
+                after[row] = tables.following[tables.close(run, now, inside), token]
+            else:
+                after[row], longer[row] = now, len(run) + 1
+        settled = (longer == 0) & ~tables.silent[tokens]
+        beginning = ~(begun | settled) * BEGINNING
+        return (after << STATE) | (longer << RUN) | beginning | (codes & DEAD) | dead | tables.over[tokens]
+
+    def _tokens(self, state: AutomatonRows, codes: Tensor, row: int) -> list[int]:
         """The open tokens at the end of a row."""
         length = int(state.lengths[row])
-        return state.ids[row, length - int(state.runs[row, length]) : length].tolist()
+        return state.ids[row, length - int(_run(codes[row])) : length].tolist()
+
+
+def _run(codes: Tensor) -> Tensor:
+    """How many open tokens there are at the end of each row."""
+    return (codes >> RUN) & ((1 << RUN_BITS) - 1)
 
 
 class _Tables:
@@ -194,21 +231,18 @@ class _Tables:
         self.ends = torch.isin(
             torch.arange(vocab, device=device), torch.tensor(lm.eos_ids, dtype=torch.int64, device=device)
         )
+        self.over = self.ends.long() * OVER
+        self.unusual = self.open.long()
         self.live = automaton.live().to(device)
         self.live_beyond = _live_beyond_ascii(automaton).to(device)
         self.alive = self._alive()
-        self._values = torch.zeros(self.alive.shape, dtype=torch.float64, device=device)
-        self._values.masked_fill_(~self.alive, -torch.inf)
-        self._masks: dict[tuple[bool, bytes, bool], Tensor] = {}
+        self._like = self.alive.unique(dim=0, return_inverse=True)[1].tolist()  # horizons with equal rows share masks
+        self._masks: dict[tuple[bool, int, bool], Tensor] = {}
         self._runs: dict[tuple[tuple[int, ...], int, bool, int], Tensor] = {}
-
-    def values(self, left: int) -> Tensor:
-        """(Q,) potential of a prefix with `left` tokens to come, by the state of its settled text."""
-        return self._values[left]
 
     def mask(self, left: int, beginning: bool) -> Tensor:
         """(Q, V) increments of the next of `left` tokens, from a prefix without a run."""
-        key = (left == 1, self.alive[left - 1].cpu().numpy().tobytes(), beginning)
+        key = (left == 1, self._like[left - 1], beginning)
         if key not in self._masks:
             allowed = self._allowed(left, beginning)
             self._masks[key] = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(
