@@ -146,6 +146,10 @@ class SMC(Engine):
                 f"SMC: got every={self.every!r}, expected a number of tokens of at least 1, or one of "
                 f"{', '.join(map(repr, BOUNDARIES))}"
             )
+        refuse = getattr(self.twist, "unsupported_reason", None)  # a learned twist belongs to one LM
+        reason = None if refuse is None else refuse(target.prior)
+        if reason is not None:
+            raise ModelError(f"SMC: {reason}")
         self.step_proposal(target)
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:

@@ -407,6 +407,12 @@ def test_a_file_of_another_model_is_refused_and_both_are_named(tmp_path: Path) -
     assert model_of("llama", hard=True).formula in str(caught.value)
 
 
+def test_smc_refuses_the_twist_of_another_lm() -> None:
+    model = Model(other_lm()) * Reward(wavy)
+    with pytest.raises(ModelError, match=f"SMC: the twist was learned on .*{enumerable_lm('llama').fingerprint}"):
+        infer(model, SMC(4, twist=random_twist(enumerable_lm("llama")), num_sweeps=1), progress=False)
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     lm, path = enumerable_lm("llama"), tmp_path / "praise.twist"
     learned("llama", "contrastive").save(path)
