@@ -77,7 +77,8 @@ class PrefixScoreForm:
     def __init__(self, lm: LanguageModel, feature: Feature, beta: float, probability: bool) -> None:
         self.lm, self.feature, self.beta, self.probability = lm, feature, beta, probability
         self.cost = Cost()
-        self._known: dict[Any, float] = {}
+        self._prefixes: dict[tuple[int, ...], int] = {}
+        self._known: dict[int, float] = {}  # by prefix · V + token
 
     def count_into(self, cost: Cost) -> None:
         """Count calls of f into `cost`."""
@@ -155,25 +156,34 @@ class PrefixScoreForm:
 
     def _values(self, state: PrefixRows, rows: Tensor, tokens: Tensor) -> Tensor:
         """(M,) log ψ of the prefixes `rows` with one more token; f sees each distinct prefix once."""
-        context, ids, lengths = state.context[rows], state.ids[rows], state.lengths[rows] + 1
-        ids[torch.arange(len(ids), device=ids.device), lengths - 1] = tokens
-        keys = [
-            (c, *row[:n]) for c, row, n in zip(context.tolist(), ids.tolist(), lengths.tolist(), strict=True)
+        vocab, device = self.lm.vocab_size, tokens.device
+        if len(self._known) > CACHED_VALUES:
+            self._known.clear()
+            self._prefixes.clear()
+        parents, parent_of = torch.unique(rows, return_inverse=True)
+        names = [
+            self._prefixes.setdefault((c, *row[:n]), len(self._prefixes))
+            for c, row, n in zip(
+                state.context[parents].tolist(), state.ids[parents].tolist(), state.lengths[parents].tolist(),
+                strict=True,
+            )
         ]  # fmt: skip
-        first: dict[Any, int] = {}
-        for i, key in enumerate(keys):
-            if key not in self._known:
-                first.setdefault(key, i)
-        self.cost.cache_hits += len(keys) - len(first)
-        if first:
-            if len(self._known) + len(first) > CACHED_VALUES:
-                wanted = {key: self._known[key] for key in keys if key in self._known}
-                self._known.clear()
-                self._known.update(wanted)
-            fresh = torch.tensor(list(first.values()), device=ids.device)
-            values = self._evaluate(context[fresh], ids[fresh], lengths[fresh])
-            self._known.update(zip(first, values.tolist(), strict=True))
-        return torch.tensor([self._known[key] for key in keys], dtype=torch.float64, device=ids.device)
+        codes = torch.tensor(names, device=device)[parent_of] * vocab + tokens
+        distinct, which = torch.unique(codes, return_inverse=True)
+        keys = distinct.tolist()
+        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        self.cost.cache_hits += len(codes) - len(missing)
+        if missing:
+            shown = torch.empty_like(distinct)
+            shown[which] = torch.arange(len(codes), device=device)  # any row that shows this prefix
+            fresh = shown[missing]
+            at = state.lengths[rows[fresh]]
+            ids = state.ids[rows[fresh]]
+            ids[torch.arange(len(fresh), device=device), at] = tokens[fresh]
+            values = self._evaluate(state.context[rows[fresh]], ids, at + 1)
+            self._known.update(zip([keys[i] for i in missing], values.tolist(), strict=True))
+        found = torch.tensor([self._known[key] for key in keys], dtype=torch.float64, device=device)
+        return found[which]
 
     def _evaluate(self, context: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """(M,) log ψ of prefixes, checked."""
