@@ -79,7 +79,7 @@ def test_a_random_history_scores_as_uncached_forwards_do(kind, seed):
 def test_what_it_keeps_and_what_it_reads_again(kind):
     lm = enumerable_lm("tabular") if kind == "tabular" else random_lm(kind)
     kept = Shelf(lm, torch.tensor([0])).store is not None
-    assert kept is (kind not in ("qwen3_next",))
+    assert kept is (kind != "qwen3_next")
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -96,16 +96,15 @@ def test_equal_continuations_of_different_contexts_stay_apart(kind):
 
 def test_forgotten_tails_are_read_again():
     lm = random_lm("llama", max_new_tokens=5)
-    shelf, ids, lengths, source = started(lm)
+    shelf, _, _, _ = started(lm)
     rows, other = torch.arange(ROWS), lm.draw(ROWS // 2, generator=torch.Generator().manual_seed(9))
-    order = torch.argsort(other.context * 0 + torch.arange(ROWS) % (ROWS // 2), stable=True)
+    order = torch.argsort(torch.arange(ROWS) % (ROWS // 2), stable=True)  # contexts in turn
     other = other.select(order)
     assert torch.equal(other.context, shelf.context)
     shelf.forget(rows, torch.zeros_like(rows))
     shelf.catch_up(rows, other.lengths, other.ids, other.lengths)
     expected = uncached(lm, shelf.context, other.ids, other.lengths)
     assert torch.allclose(shelf.log_probs(rows, other.lengths), expected, atol=1e-9)
-    assert len(ids) == len(lengths)
 
 
 def test_regenerating_n_tokens_reads_n_minus_one():

@@ -1,0 +1,269 @@
+"""The engine: segments, starts, figures, certificate, estimated factors, and what a new user would get wrong."""
+
+import math
+
+import pytest
+import torch
+
+from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.inference.approximation import Chains
+from lmppl.inference.engine import Budget, Request, infer
+from lmppl.inference.exact import Exact
+from lmppl.inference.importance import Importance
+from lmppl.inference.mcmc import MCMC, Mixture, Restart, SuffixResample, TokenGibbs
+from lmppl.lm.randomness import Source
+from lmppl.modeling.evidence.constraint import Constraint
+from lmppl.modeling.evidence.reward import Reward
+from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.target import Target
+from lmppl.testing import check_engine, references
+from lmppl.testing.enumeration import every_outcome
+from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
+from tests.models import brute_force, enumerable_lm, goodness_of_fit, has_no, wavy
+
+FEW = dict(num_chains=8, num_steps=12, warmup=4)
+
+
+def by_name(*names):
+    return [r for r in references() if r.name in names]
+
+
+def test_it_keeps_its_guarantee():
+    report = check_engine(MCMC(), problems=by_name("reward_and_constraint"))
+    assert "expectations are within 4.5 standard errors" in report.held
+    assert "shards depend on seed and id alone" in report.held
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_draws_of_networks_have_the_law_of_the_posterior(kind):
+    model = SHAPES["hard"](tiny_lm(kind))
+    engine = MCMC(num_chains=400, num_steps=1, warmup=25)
+    run = infer(model, engine, seed=3, progress=False)
+    for context in (0, 1):
+        brute = brute_force(model, context)
+        rows = run.draws.select(run.draws.context == context)
+        assert goodness_of_fit(rows, brute, brute.log_posterior) > 1e-4
+
+
+def test_chains_are_rectangular_and_expectations_use_their_error():
+    run = infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(**FEW), progress=False)
+    assert isinstance(run, Chains)
+    draws = run.draws
+    assert len(draws) == 2 * 8 * 12
+    for context in (0, 1):
+        rows = draws.context == context
+        assert sorted(draws.columns["chain"][rows].tolist()) == sorted(list(range(8)) * 12)
+        assert draws.columns["step"][rows].max() == 11
+    estimate = run.expectation("wavy")
+    values = draws.features["wavy"][draws.context == 0].double()
+    assert float(estimate.value[0]) == pytest.approx(float(values.mean()))
+    assert torch.allclose(estimate.standard_error, run.info["mcse"]["wavy"] * 0.4, rtol=1e-9)
+    short = infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(num_chains=8, num_steps=1, warmup=2), progress=False)
+    means = short.draws.features["wavy"][short.draws.context == 1].double()
+    assert float(short.expectation("wavy").standard_error[1]) == pytest.approx(float(means.std() / math.sqrt(8)))
+
+
+def test_segments_go_on_from_plain_state():
+    model = SHAPES["soft"](tiny_lm("tabular"))
+    engine = MCMC(num_chains=4, num_steps=70, warmup=3, thin=2)
+    target = Target(model)
+    shards = engine.plan(target, Request(None, None, 5))
+    assert [s.steps for s in shards] == [32, 32, 6]
+    assert [s.warmup for s in shards] == [3, 0, 0]
+    whole = infer(model, engine, seed=5, progress=False)
+    state, parts = None, []
+    for shard in shards:
+        part = engine.run_shard(Target(model), shard, state=state)
+        state = part.info["state"]
+        parts.append(part)
+    again = engine.merge(parts)
+    assert again.draws.keys() == whole.draws.keys()
+    assert whole.draws.columns["step"][whole.draws.context == 0].unique().tolist() == list(range(70))
+    assert int(state["step"]) == 70
+
+
+def test_a_budget_ends_it_after_whole_segments():
+    model = SHAPES["soft"](tiny_lm("tabular"))
+    run = infer(model, MCMC(num_chains=4, warmup=2), budget=Budget(lm_tokens=700), progress=False)
+    assert len(run.draws) % (2 * 4 * 32) == 0
+    assert run.cost.lm_tokens >= 700
+
+
+def test_figures_name_kernels_positions_and_stuck_chains(caplog):
+    lm = tiny_lm("tabular")
+    kernel = Mixture((Restart(), SuffixResample("horizon"), TokenGibbs(2)))
+    run = infer(SHAPES["soft"](lm), MCMC(**FEW, kernel=kernel), seed=2, progress=False)
+    info = run.info
+    assert set(info["acceptance"]) == {"restart", "suffix", "token_gibbs"}
+    assert info["acceptance"]["restart"].shape == (2,)
+    assert info["acceptance_by_position"]["suffix"].shape == (lm.max_new_tokens + 1,)
+    assert set(info["rhat"]) == set(info["bulk_ess"]) == {"wavy", "log_prior", "length"}
+    assert bool((info["nested_rhat"]["length"] > 0.5).all())
+    one = Constraint(lambda texts: [t == "ab" for t in texts], name="one")
+    with caplog.at_level("WARNING"):
+        stuck = infer(lm * one, MCMC(**FEW, max_tries=4096), progress=False)
+    assert stuck.info["stuck"][0] == tuple(range(8))
+    assert "8 of 8 chains never moved in context ''" in caplog.text
+    assert "chains of copies" not in caplog.text
+    assert any("constant" in note for note in stuck.info["chain_notes"])
+    assert float(stuck.expectation("one").standard_error[0]) == 0.0
+
+
+@pytest.mark.parametrize("shape", ["soft", "hard"])
+def test_log_z_comes_with_the_restarts(shape):
+    model = SHAPES[shape](enumerable_lm("tabular"))
+    run = infer(model, MCMC(num_chains=200, num_steps=10, warmup=10), seed=4, progress=False)
+    exact = infer(model, Exact(), progress=False).log_normalizer[0].value
+    (estimate,) = run.log_normalizer
+    assert estimate.kind == "unbiased_Z"
+    assert bool(((estimate.value - exact).abs() < 4.5 * estimate.standard_error).all())
+    assert infer(model, MCMC(**FEW, kernel=SuffixResample()), progress=False).log_normalizer == ()
+
+
+def test_the_certificate_bounds_the_distance():
+    lm = tiny_lm("tabular")
+    model = lm * Reward(wavy, beta=1.0, upper=1.0)
+    run = infer(model, MCMC(64, num_steps=20, warmup=10, kernel=Restart()), progress=False)
+    exact = infer(model, Exact(), progress=False).log_normalizer[0].value
+    best = (1 - (exact - 1.0).exp()) ** 30
+    assert bool((run.info["certificate"] >= best).all())  # Z at the lower end of its interval
+    assert bool((run.info["certificate"] < 1e-2).all())
+    assert "certificate" not in infer(model, MCMC(**FEW), progress=False).info
+    assert "certificate" not in infer(SHAPES["soft"](lm), MCMC(**FEW, kernel=Restart()), progress=False).info
+
+
+# Starts.
+
+
+def test_starts_from_draws_approximations_and_engines():
+    model = SHAPES["hard"](tiny_lm("tabular"))
+    weighted = infer(model, Importance(200), progress=False)
+    for start in (weighted, weighted.draws, Importance(100), "importance(num_draws=50)"):
+        run = infer(model, MCMC(**FEW, start=start), progress=False)
+        assert bool((run.info["starts"] >= 1).all())
+        assert all(has_no("b")(run.draws.text))
+    own = model.prior.sequences([[0, 0, 0]] * 8 + [[0, 2]] * 8, [0] * 8 + [1] * 8)
+    still = infer(model, MCMC(8, num_steps=1, warmup=0, kernel=SuffixResample("horizon"), start=own), progress=False)
+    assert still.info["starts"].tolist() == [8, 8]
+    with pytest.raises(ModelError, match="is no outcome of the prior"):
+        infer(model, MCMC(**FEW, start=model.prior.sequences([[0]], [0])), progress=False)
+    with pytest.raises(InfeasibleModel, match="no row for context 'ab'"):
+        infer(model, MCMC(**FEW, start=model.prior.sequences([[2]], [0])), progress=False)
+    with pytest.raises(ModelError, match="where the target is 0"):
+        infer(model, MCMC(**FEW, start=model.prior.sequences([[1, 2], [1, 2]], [0, 1])), progress=False)
+    with pytest.raises(ModelError, match="expected 'prior', draws"):
+        infer(model, MCMC(**FEW, start=3), progress=False)
+
+
+def test_no_start_says_what_follows_and_few_starts_are_shared():
+    lm = tiny_lm("tabular")
+    with pytest.raises(InfeasibleModel, match=r"none of 100 draws .* Pr_π0\(γ > 0\) < .*start=an engine that steers"):
+        infer(lm * Constraint(lambda t: [False] * len(t), name="no"), MCMC(**FEW, max_tries=100), progress=False)
+    rare = lm * Constraint(lambda texts: [t == "aaa" for t in texts])
+    chance = [float(lm.score(lm.sequences([[0, 0, 0]], [c])).exp()) for c in (0, 1)]
+    assert min(chance) > 0
+    tries = math.ceil(3 / min(chance))
+    run = infer(rare, MCMC(num_chains=64, num_steps=2, warmup=0, max_tries=tries), seed=1, progress=False)
+    assert bool((run.info["starts"] < 64).any())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_chains": 0}, "got num_chains=0"),
+        ({"thin": 0}, "got thin=0"),
+        ({"warmup": -1}, "got warmup=-1"),
+        ({"kernel": Restart}, "expected a kernel"),
+    ],
+)
+def test_wrong_configurations_are_refused(changes, words):
+    with pytest.raises(ModelError, match=words):
+        infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(**changes), progress=False)
+
+
+# Estimated factors.
+
+LEVELS = (0.25, 1.75)  # of the estimate over φ, equally likely: unbiased
+
+
+def estimated(lm, current):
+    """log φ̂ = wavy/0.4 + log level, the level drawn anew at each call by the present source."""
+
+    def fn(texts):
+        which = current["source"].integers(torch.full((len(texts),), len(LEVELS)))
+        levels = torch.tensor(LEVELS, dtype=torch.float64)[which]
+        return torch.tensor(wavy(texts), dtype=torch.float64) / 0.4 + levels.log()
+
+    return lm * Factor("estimate", (Feature("estimate", fn, stochastic=True),), lambda columns: columns["estimate"])
+
+
+def pseudo_marginal_matrix(kernel, lm, *, redraw):
+    """On (row, level): the estimate is part of the state; the mutant forgets it and has rows alone."""
+    current = {}
+    model, soft = estimated(lm, current), SHAPES["soft"](lm)
+    target, brute = Target(model), brute_force(soft, CONTEXT)
+    keys, size = brute.sequences.keys(), len(LEVELS)
+    number = {key: i for i, key in enumerate(keys)}
+    count = len(keys) * (1 if redraw else size)
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    base = brute.log_phi
+    for i in range(len(keys)):
+        for level in range(1 if redraw else size):
+            start = draws_at(model, brute, [i])
+            if not redraw:
+                value = base[i : i + 1] + math.log(LEVELS[level])
+                columns = {"features": {"estimate": value}, "log_factors": {"estimate": value}}
+                start = start.with_columns(**columns)
+
+            def run(source, start=start):
+                current["source"] = source
+                state, _ = kernel.step(kernel.start(target, start), source)
+                return state.draws.keys()[0], float(state.draws.log_factors["estimate"][0])
+
+            for probability, (key, value) in every_outcome(run):
+                to = number[key]
+                if not redraw:
+                    level_of = math.exp(value - float(base[to]))
+                    to = to * size + min(range(size), key=lambda k: abs(LEVELS[k] - level_of))
+                matrix[i if redraw else i * size + level, to] += probability
+    law = law_at(brute)
+    if not redraw:
+        law = (law[:, None] * torch.tensor(LEVELS, dtype=torch.float64) / size).flatten()
+    return matrix, law
+
+
+@pytest.mark.parametrize("kernel", [Restart(), SuffixResample(), TokenGibbs(None)], ids=lambda k: k.name)
+def test_estimates_that_are_kept_leave_the_posterior(kernel):
+    matrix, law = pseudo_marginal_matrix(kernel, tiny_lm("tabular", horizon=2), redraw=False)
+    assert float((matrix.sum(1) - 1).abs().max()) < EXACT
+    assert float((law @ matrix - law).abs().max()) < EXACT
+
+
+def test_mutant_that_redraws_both_estimates():
+    matrix, law = pseudo_marginal_matrix(Restart(), tiny_lm("tabular", horizon=2), redraw=True)
+    assert float((law @ matrix - law).abs().max()) > VISIBLE
+
+
+def test_a_run_with_an_estimated_factor():
+    generator = torch.Generator().manual_seed(0)
+    model = estimated(tiny_lm("tabular"), {"source": Source(generator)})
+    run = infer(model, MCMC(num_chains=100, num_steps=4, warmup=20), progress=False)
+    assert isinstance(run, Chains)
+    assert run.cost.cache_hits == 0
+
+
+# The power posterior.
+
+
+def test_power_posterior_with_the_tempered_prior_as_proposal():
+    alpha = 3.0
+    lm = tiny_lm("tabular", horizon=4)
+    kernel = SuffixResample("horizon", proposal=lm.at_temperature(1 / alpha), block=2)
+    run = infer(lm**alpha, MCMC(400, num_steps=1, warmup=30, kernel=kernel), seed=2, progress=False)
+    for context in (0, 1):
+        brute = brute_force(lm, context)
+        law = torch.log_softmax(alpha * brute.log_prior, 0)
+        rows = run.draws.select(run.draws.context == context)
+        assert goodness_of_fit(rows, brute, law) > 1e-4
+    own = infer(lm**alpha, MCMC(400, num_steps=1, warmup=30, kernel=SuffixResample()), seed=2, progress=False)
+    assert float(run.info["acceptance"]["suffix"].min()) > float(own.info["acceptance"]["suffix"].max())
