@@ -1,12 +1,32 @@
 """Every engine on every reference posterior that it supports: what it guarantees, it keeps."""
 
 import pytest
+import torch
 
-from lmppl.inference import ENGINES, Exact, Guarantee, Importance, Rejection
+from lmppl.inference import ENGINES, PPLM, Exact, Guarantee, Importance, Rejection
+from lmppl.modeling import BagOfWords
 from lmppl.testing import check_engine, references
+from lmppl.testing.reference import ReferencePosterior
+from tests.models import brute_force, enumerable_lm
 
 ENUMERABLE = {r.name for r in references() if r.posterior is not None}
 EVERYTHING = {r.name for r in references()}
+
+
+def network_problem():
+    """A network and a factor with a soft form: what an engine needs that follows gradients, and no table has."""
+    model = enumerable_lm("llama") * BagOfWords(["a", "b"])
+    tables = [brute_force(model, c) for c in range(model.prior.num_contexts)]
+    posterior = tuple(
+        {
+            (f, ids): p
+            for (_, f, ids), p in zip(t.sequences.keys(), t.log_posterior.exp().tolist(), strict=True)
+            if p > 0
+        }
+        for t in tables
+    )
+    log_z = torch.stack([t.log_z for t in tables])
+    return ReferencePosterior("network", "a Llama and a bag of words", "1", model, log_z, posterior, {})
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +36,7 @@ def reports():
 
     def report(kind):
         if kind not in done:
-            done[kind] = check_engine(kind())
+            done[kind] = check_engine(kind(), problems=[network_problem()] if kind is PPLM else None)
         return done[kind]
 
     return report
