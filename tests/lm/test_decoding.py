@@ -24,8 +24,10 @@ def without_eos(max_new_tokens, context="ab"):
 # One token.
 
 
+@pytest.mark.parametrize("one_level", [0, 1 << 30])
 @pytest.mark.parametrize("vocab", [1, 2, 5, 16, 17, 300, 1024, 5000])
-def test_tokens_invert_the_distribution_function(vocab):
+def test_tokens_invert_the_distribution_function(vocab, one_level, monkeypatch):
+    monkeypatch.setattr(decoding, "ONE_LEVEL", one_level)
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(200, vocab, generator=generator, dtype=torch.float64) * 3
     logits[torch.rand(200, vocab, generator=generator) < 0.3] = -torch.inf
@@ -41,8 +43,10 @@ def test_tokens_invert_the_distribution_function(vocab):
     torch.testing.assert_close(log_probs, law.log().gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("one_level", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_uniform_draws_an_excluded_token(dtype):
+def test_no_uniform_draws_an_excluded_token(dtype, one_level, monkeypatch):
+    monkeypatch.setattr(decoding, "ONE_LEVEL", one_level)
     logits = torch.full((4, 100), -torch.inf, dtype=dtype)
     logits[:, [3, 40, 77]] = torch.tensor([0.0, -5.0, 1.0], dtype=dtype)
     uniforms = torch.tensor([0.0, math.nextafter(1.0, 0.0), 0.27, 0.5], dtype=torch.float64)
@@ -52,8 +56,10 @@ def test_no_uniform_draws_an_excluded_token(dtype):
     assert bool(torch.isfinite(log_probs).all())
 
 
-def test_rare_tokens_keep_their_probability_in_float32():
+@pytest.mark.parametrize("one_level", [0, 1 << 30])
+def test_rare_tokens_keep_their_probability_in_float32(one_level, monkeypatch):
     """One token of mass e^-12 among 50,000: a float32 running sum would give it a mass off by percents."""
+    monkeypatch.setattr(decoding, "ONE_LEVEL", one_level)
     logits = torch.zeros(1, 50_000)
     logits[0, 49_999] = 10.82 - 12.0
     mass = float(torch.softmax(logits.double(), -1)[0, -1])
