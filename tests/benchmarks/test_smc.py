@@ -246,7 +246,7 @@ def test_small_model(folders: Callable[[str], Path]) -> None:
 
 def test_larger_model(folders: Callable[[str], Path]) -> None:
     problem = Problem("7M", folders("7M"), particles=64, cap=32)
-    figures = summary(problem, *compete(problem, ["AWRS", "critic only, tuned"], 7))
+    figures = summary(problem, *compete(problem, ["AWRS", "critic only, tuned"], 5))
     record("smc-7M-64x32", figures)
     assert figures["cpu_seconds_over_ours"]["AWRS"] >= 2
     assert figures["ours_over_by_hand"] <= 1.2
@@ -254,7 +254,7 @@ def test_larger_model(folders: Callable[[str], Path]) -> None:
 
 def test_longer_texts(folders: Callable[[str], Path]) -> None:
     problem = Problem("0.3M", folders("0.3M"), particles=16, cap=128)
-    figures = summary(problem, *compete(problem, ["AWRS", "critic only, tuned"], 7))
+    figures = summary(problem, *compete(problem, ["AWRS", "critic only, tuned"], 5))
     record("smc-0.3M-16x128", figures)
     assert figures["cpu_seconds_over_ours"]["AWRS"] >= 8
     assert figures["ours_over_by_hand"] <= 1.2
