@@ -8,7 +8,9 @@ from __future__ import annotations
 from lmppl.comparison import Comparison, compare
 from lmppl.errors import LmpplError
 from lmppl.inference import (
+    AIS,
     ENGINES,
+    MCMC,
     PPLM,
     SMC,
     Approximation,
@@ -24,6 +26,8 @@ from lmppl.inference import (
     QuasiRejection,
     Rejection,
     Shard,
+    Splitting,
+    TemperedSMC,
     WeightedDecoding,
     infer,
     stream,
@@ -49,8 +53,10 @@ from lmppl.sequences import Cost, Draws, Estimate, Sequences
 __version__ = "0.1.0"
 
 __all__ = [
+    "AIS",
     "ENGINES",
     "LM",
+    "MCMC",
     "PPLM",
     "SMC",
     "Approximation",
@@ -84,9 +90,11 @@ __all__ = [
     "Reward",
     "Sequences",
     "Shard",
+    "Splitting",
     "TabularLM",
     "Target",
     "TargetForm",
+    "TemperedSMC",
     "TransformersLM",
     "WeightedDecoding",
     "compare",

@@ -1,5 +1,6 @@
 """HOW: engines that turn a declaration into draws, each one published algorithm in its own file."""
 
+from lmppl.inference.annealing import AIS, TemperedSMC
 from lmppl.inference.approximation import Approximation, Chains, ExactTable, Particles, Sampler
 from lmppl.inference.awrs import AWRS, awrs
 from lmppl.inference.beam_search import Beam, Greedy
@@ -9,24 +10,40 @@ from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Sha
 from lmppl.inference.exact import Exact
 from lmppl.inference.guided import GuidedLM
 from lmppl.inference.importance import Importance
+from lmppl.inference.mcmc import (
+    MCMC,
+    BlockResample,
+    LocalEdit,
+    Mixture,
+    ParticleGibbs,
+    Restart,
+    SuffixResample,
+    Tempered,
+    TokenGibbs,
+)
 from lmppl.inference.pplm import PPLM
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
 from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionCurve, quasi_rejection_curve
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
+from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
 from lmppl.inference.smc import SMC
+from lmppl.inference.splitting import Splitting
 from lmppl.inference.step_proposals import StepProposal
 from lmppl.inference.twists import ExactTwist, FactorTwist, LearnedTwist, ProductTwist, learn_twist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 
 __all__ = [
+    "AIS",
     "AWRS",
     "ENGINES",
+    "MCMC",
     "PPLM",
     "SMC",
     "Approximation",
     "Beam",
     "BestOfN",
+    "BlockResample",
     "Budget",
     "Chains",
     "ClassConditional",
@@ -41,7 +58,10 @@ __all__ = [
     "HiddenScore",
     "Importance",
     "LearnedTwist",
+    "LocalEdit",
+    "Mixture",
     "Part",
+    "ParticleGibbs",
     "Particles",
     "PrefixScore",
     "ProductTwist",
@@ -49,13 +69,20 @@ __all__ = [
     "QuasiRejectionCurve",
     "Rejection",
     "Request",
+    "Restart",
     "Sampler",
     "Sandwich",
     "Shard",
+    "Splitting",
     "StepProposal",
+    "SuffixResample",
+    "Tempered",
+    "TemperedSMC",
+    "TokenGibbs",
     "WeightedDecoding",
     "awrs",
     "best_of_n_law",
+    "conditional_annealing",
     "conditional_smc",
     "infer",
     "learn_twist",
@@ -63,7 +90,9 @@ __all__ = [
     "particle_gibbs_step",
     "quasi_rejection_curve",
     "resolve_engine",
+    "reverse_ais",
     "sandwich",
+    "sandwich_annealing",
     "shard_generator",
     "soft_best_of_n_law",
     "split_engines",

@@ -224,11 +224,15 @@ class AnnealedSweep:
             self.slots = self.source.integers(torch.full((self.groups,), self.count))
             fresh = torch.ones(len(context), dtype=torch.bool)
             fresh[self.first + self.slots] = False
-            drawn = draw_from(self.target.prior, context[fresh], self.source, cost=self.target.cost)
+            retained = _bare(self.target, self.path[0])
+            parts = [retained]
+            if bool(fresh.any()):
+                drawn = draw_from(self.target.prior, context[fresh], self.source, cost=self.target.cost)
+                parts.append(_bare(self.target, drawn))
             index = torch.empty(len(context), dtype=torch.int64)
-            index[fresh] = torch.arange(len(drawn))
-            index[~fresh] = len(drawn) + torch.arange(self.groups)
-            draws = concatenate([_bare(self.target, drawn), _bare(self.target, self.path[0])]).select(index)
+            index[~fresh] = torch.arange(self.groups)
+            index[fresh] = self.groups + torch.arange(len(context) - self.groups)
+            draws = concatenate(parts, pad_id=self.target.prior.pad_id).select(index)
         draws = _bare(self.target, draws)
         check_bounds(draws, self.target.factors)
         context_group = torch.arange(len(context)) // self.count

@@ -14,15 +14,18 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.inference.annealing import AIS, TemperedSMC
 from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine, Guarantee, require_instance
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.mcmc import MCMC, Tempered
 from lmppl.inference.pplm import PPLM
 from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.smc import SMC
+from lmppl.inference.splitting import Splitting
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.modeling.target import TargetForm
 
@@ -33,6 +36,11 @@ ENGINES: tuple[type[Engine], ...] = (
     Rejection,
     Importance,
     SMC,
+    MCMC,
+    Tempered,
+    AIS,
+    TemperedSMC,
+    Splitting,
     QuasiRejection,
     WeightedDecoding,
     PPLM,
