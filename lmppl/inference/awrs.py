@@ -158,13 +158,11 @@ class _Sampler:
             tokens, log_prior = source.tokens(log_probs)
             none = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
             return Proposed(tokens, none, log_prior.double(), none)
-        asked = log_probs.argmax(1)  # a row that is not asked about repeats its last token, whose value is known
-        weigh = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=asked.device)
-        found = torch.zeros(len(rows), dtype=torch.bool, device=asked.device)
+        weigh = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=log_probs.device)
+        found = torch.zeros(len(rows), dtype=torch.bool, device=log_probs.device)
 
         def allowed(index: Tensor, tokens: Tensor) -> Tensor:
-            asked[index] = tokens
-            values = rows.weigh(asked[:, None])[index, 0].double()
+            values = rows.weigh(tokens[:, None], index)[:, 0].double()
             good = values > -torch.inf
             first = good & ~found[index]
             weigh[index[first]] = values[first]

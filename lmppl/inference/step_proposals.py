@@ -63,13 +63,13 @@ class StepRows:
     frontier : Frontier
         The prior's; `frontier.live` (L,) are these rows, `frontier.ids` and `frontier.lengths` their tokens so far.
     weigh : callable or None
-        As `weigh`; None without a twist.
+        As `weigh`, with `rows` left out or not; None without a twist.
     given : Tensor (L,), int64, or None
         Conditional SMC: the token that a retained row must take, −1 where the row is free. None: all rows are free.
     """
 
     def __init__(
-        self, frontier: Frontier, weigh: Callable[[Tensor | None], Tensor] | None = None, given: Tensor | None = None
+        self, frontier: Frontier, weigh: Callable[..., Tensor] | None = None, given: Tensor | None = None
     ) -> None:
         self.frontier = frontier
         self.given = given
@@ -93,27 +93,32 @@ class StepRows:
         """(L, V) log π0(v|x_<t), in nats."""
         return torch.log_softmax(self.logits, -1)
 
-    def weigh(self, candidates: Tensor | None) -> Tensor:
+    def weigh(self, candidates: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """log ψ(x_<t v) − log ψ(x_<t): (L, k) for candidates (L, k), (L, V) for None.
+
+        With `rows` (M,), positions among the L rows: (M, k) for their candidates (M, k); the others are not looked at.
 
         Raises
         ------
         FactorError
             On nan or +inf.
         """
+        expected = (
+            len(self) if rows is None else len(rows),
+            self.frontier.lm.vocab_size if candidates is None else candidates.shape[1],
+        )
         if self._weigh is None:
-            shape = (len(self), self.frontier.lm.vocab_size) if candidates is None else candidates.shape
-            return torch.zeros(shape, dtype=self.frontier.lm.dtype, device=self.frontier.ids.device)
-        values = self._weigh(candidates)
-        expected = (len(self), self.frontier.lm.vocab_size if candidates is None else candidates.shape[1])
+            return torch.zeros(expected, dtype=self.frontier.lm.dtype, device=self.frontier.ids.device)
+        values = self._weigh(candidates) if rows is None else self._weigh(candidates, rows)
         if tuple(values.shape) != expected:
             raise FactorError(f"twist: weigh has shape {tuple(values.shape)}, expected {expected}")
         if not bool((values < torch.inf).all()):  # false for nan too
             row, column = torch.nonzero(~(values < torch.inf))[0].tolist()
-            token = column if candidates is None else int(candidates[row, column])
+            token, value = column if candidates is None else int(candidates[row, column]), float(values[row, column])
+            row = row if rows is None else int(rows[row])
             text = self.frontier.sequences().select([int(self.frontier.live[row])]).text[0]
             raise FactorError(
-                f"twist: weigh is {float(values[row, column])} for token {token} after the text {text!r}, expected a "
+                f"twist: weigh is {value} for token {token} after the text {text!r}, expected a "
                 "finite number of nats or −inf"
             )
         return values

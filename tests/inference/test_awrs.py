@@ -237,8 +237,9 @@ def test_increments_are_proper_for_the_prior_times_the_twist(kind: str, options:
     ratio = torch.linspace(-1.0, 0.5, 2 * vocab, dtype=torch.float64).view(2, vocab)
     ratio[0, 1] = ratio[1, 0] = ratio[1, 2] = -math.inf
 
-    def weigh(candidates: Tensor | None) -> Tensor:
-        return ratio if candidates is None else ratio.gather(1, candidates)
+    def weigh(candidates: Tensor | None, index: Tensor | None = None) -> Tensor:
+        some = ratio if index is None else ratio[index]
+        return some if candidates is None else some.gather(1, candidates)
 
     rows = rows_after_context(kind, weigh)
     total = torch.zeros(2, vocab, dtype=torch.float64)

@@ -48,11 +48,16 @@ class TwistTrack:
         self._chunks = [_Chunk(state, torch.arange(len(frontier.live), device=frontier.ids.device), None, None)]
         self.start_potential: Tensor = twist.potential(state)
 
-    def weigh(self, candidates: Tensor | None) -> Tensor:
-        """(L, k) or (L, V) increments of the live rows."""
+    def weigh(self, candidates: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """(L, k) or (L, V) increments of the live rows; (M, k) of those at positions `rows` (M,)."""
         self.settle()
         if len(self._chunks) == 1:
-            return self.twist.weigh(self._chunks[0].state, candidates)
+            state = self._chunks[0].state
+            return self.twist.weigh(state if rows is None else self.twist.select(state, rows), candidates)
+        if rows is not None and candidates is not None:
+            spread = candidates.new_zeros(len(self.frontier.live), candidates.shape[1])
+            spread[rows] = candidates
+            return self.weigh(spread)[rows]
         result: Tensor | None = None
         for chunk in self._chunks:
             part = self.twist.weigh(chunk.state, None if candidates is None else candidates[chunk.position])
