@@ -87,7 +87,8 @@ class MCMC(Engine):
 
     References
     ----------
-    hastings1970, tierney1994, vehtari2021, margossian2024, andrieu2009, mengersen1996
+    hastings1970, tierney1994, mengersen1996, andrieu2009, vehtari2021, margossian2024; of the kernels: karan2025,
+    geman1984, miao2019, andrieu2010, chopin2015
     """
 
     num_chains: int = 64
@@ -102,16 +103,9 @@ class MCMC(Engine):
     guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
     sequential: ClassVar[bool] = True
     references: ClassVar[tuple[str, ...]] = (
-        "hastings1970", "tierney1994", "vehtari2021", "margossian2024", "andrieu2009", "mengersen1996",
+        "hastings1970", "tierney1994", "mengersen1996", "andrieu2009", "vehtari2021", "margossian2024",
+        "karan2025", "geman1984", "miao2019", "andrieu2010", "chopin2015",
     )  # fmt: skip
-
-    def cite(self) -> str:
-        """BibTeX of the engine and of its kernel."""
-        from lmppl.inference.citations import bibtex
-
-        kernels = self.kernel.kernels if isinstance(self.kernel, Mixture) else (self.kernel,)
-        keys = [*self.references, *(key for k in kernels for key in k.references)]
-        return bibtex(tuple(dict.fromkeys(keys)))
 
     def unsupported_reason(self, form: TargetForm) -> str | None:
         """None: estimates of φ are as good as φ here, and nothing else is asked of a factor."""
@@ -212,7 +206,7 @@ class MCMC(Engine):
             )  # fmt: skip
         normalizers = _normalizers(parts, draws.num_contexts)
         if normalizers and isinstance(self.kernel, Restart) and math.isfinite(float(parts[0].info["log_upper"])):
-            info["certificate"] = _certificate(parts, normalizers[0])
+            info["certificate"] = _certificate(parts, normalizers[-1])
         return Chains(draws, normalizers, self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
@@ -256,7 +250,7 @@ def _prior_evidence(kernel: Kernel, info: StepInfo) -> list[Tensor]:
 
 
 def _normalizers(parts: Sequence[Part], num_contexts: int) -> tuple[Estimate, ...]:
-    """log Ẑ from the restarts' proposals; with a bound, the interval that holds at every N comes first."""
+    """log Ẑ from the restarts' proposals; with a bound, also with the interval that holds at every N."""
     log_phi = torch.cat([p.info["log_phi"] for p in parts])
     if len(log_phi) == 0:
         return ()
@@ -264,7 +258,7 @@ def _normalizers(parts: Sequence[Part], num_contexts: int) -> tuple[Estimate, ..
     log_bound = float(parts[0].info["log_upper"])
     delta = stack([log_mean_weight(w, LEVEL) for w in columns])
     if math.isfinite(log_bound) and len(columns[0]) > 1:
-        return stack([log_mean_weight_bounded(w, log_bound, LEVEL) for w in columns]), delta
+        return delta, stack([log_mean_weight_bounded(w, log_bound, LEVEL) for w in columns])
     return (delta,)
 
 

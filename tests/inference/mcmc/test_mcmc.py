@@ -21,7 +21,7 @@ from lmppl.testing.enumeration import every_outcome
 from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
 from tests.models import brute_force, enumerable_lm, goodness_of_fit, has_no, wavy
 
-FEW = dict(num_chains=8, num_steps=12, warmup=4)
+FEW = {"num_chains": 8, "num_steps": 12, "warmup": 4}
 
 
 def by_name(*names):
