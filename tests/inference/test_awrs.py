@@ -17,6 +17,7 @@ from lmppl.inference.step_proposals import StepProposal, StepRows
 from lmppl.lm import LM
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
+from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Reward
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
@@ -324,3 +325,14 @@ def test_a_run_asks_about_few_tokens() -> None:
     assert result.cost.factor_calls == len(asked) < 16 * 6 * 6  # of 16 · 6 · V
     assert not any(set(t) & set("xyzq") for t in result.draws.text)
     assert bool((result.draws.log_weight > -math.inf).all())
+
+
+def test_rows_that_wait_at_words_are_asked_about_apart() -> None:
+    """Rows of different lengths have the twist's state in several pieces."""
+    lm = TabularLM.random(3, 3, order=2, seed=3, context="a")
+    lm = TabularLM(lm.log_table.exp().view(4, 4, 3), ["a", " ", "<eos>"], max_new_tokens=3, context="a")
+    model = lm * Reward(wavy, beta=0.4) * Constraint(lambda texts: ["aa" not in t for t in texts], prefix_closed=True)
+    smc = SMC(2, proposal=AWRS(max_checks=1), ess_threshold=1.0, every="word")
+    law = Law(brute_of(model, 0), sweep_law(Target(model), smc, 0))
+    assert law.mean_z == pytest.approx(float(law.brute.log_z.exp()), abs=TOLERANCE)
+    assert torch.allclose(law.mean_mass, law.brute.log_gamma.exp(), rtol=0, atol=TOLERANCE)
