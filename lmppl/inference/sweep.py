@@ -126,9 +126,7 @@ class Sweep:
         self.names = [f.name for f in target.factors]
         self.deaths = torch.zeros(self.groups, len(self.names) + 1, dtype=torch.int64)
         self.dead_at = torch.full((self.groups,), -1)
-        self.history: dict[str, list[Any]] = {
-            k: [] for k in ("ess", "log_weights", "ancestors", "resampled")
-        }
+        self.history: dict[str, list[Any]] = {k: [] for k in ("ess", "log_weights", "ancestors", "resampled")}
         if self.twist is not None:
             self._start_twist(self.twist)
 
@@ -150,7 +148,8 @@ class Sweep:
         """Give each live row its next token and its weight; rows that end or die are live no more."""
         frontier, twist = self.frontier, self.twist
         live = frontier.live
-        rows = StepRows(frontier, None if twist is None else twist.weigh, self._given(live))
+        given = self._given(live)
+        rows = StepRows(frontier, None if twist is None else twist.weigh, given)
         tokens, increment, log_prior, weigh = self.sampler.propose(rows, self.source)
         at = live.cpu()
         increment, log_prior, weigh = (x.to("cpu", torch.float64) for x in (increment, log_prior, weigh))
@@ -161,7 +160,9 @@ class Sweep:
         # Rows of weight zero are read no more: which factor did it is asked before the twist forgets.
         died = increment == -math.inf
         if bool(died.any()):
-            self._blame_twist(at, died, tokens, weigh)
+            self._blame_twist(at, died, tokens)
+            if given is not None and bool(died[given.cpu() >= 0].any()):
+                self._refuse_death(at[died & (given.cpu() >= 0)])
         stopped = frontier.append(tokens)
         ended = stopped.cpu()
         self.log_prior[at] += log_prior
@@ -407,7 +408,14 @@ class Sweep:
             "weight γ/q is infinite; mix it with the prior, or propose from the prior"
         )
 
-    def _blame_twist(self, rows: Tensor, died: Tensor, tokens: Tensor, weigh: Tensor) -> None:
+    def _refuse_death(self, rows: Tensor) -> None:
+        text = self._draws(rows[:1]).text[0]
+        raise ModelError(
+            f"conditional SMC: the twist, or the proposal's weight, is 0 for a row with γ > 0 after the text {text!r}: "
+            "a twist must be positive wherever γ can still become positive"
+        )
+
+    def _blame_twist(self, rows: Tensor, died: Tensor, tokens: Tensor) -> None:
         """Count what gave particles weight zero before their end."""
         at = torch.nonzero(died).squeeze(1)
         group = rows[at] // self.count

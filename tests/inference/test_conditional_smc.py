@@ -160,6 +160,19 @@ def test_the_upper_bound_sees_a_mode_that_every_sweep_misses():
     assert bounds.upper.value[0] > log_z - 0.1
 
 
+def test_a_twist_that_kills_the_retained_row_is_refused():
+    class Zero(ArbitraryTwist):
+        def value(self, context, prefix):
+            return -math.inf if prefix == (0,) else super().value(context, prefix)
+
+    model = small_model("tabular", True)
+    brute, target = brute_of(model), Target(model)
+    row = next(i for i in possible(brute) if len(brute.sequences.token_lists()[i]) == 2)
+    smc = SMC(2, twist=Zero(3), proposal="prior")
+    with pytest.raises(ModelError, match="is 0 for a row with γ > 0"):
+        conditional_smc(target, smc, one_row(target, brute, row), Source(torch.Generator().manual_seed(0)))
+
+
 def test_wrong_rows_are_refused():
     model = small_model("tabular", True)
     brute, target = brute_of(model), Target(model)

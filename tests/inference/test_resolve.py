@@ -85,7 +85,7 @@ def test_text_becomes_an_engine(text: str, engine: Engine, monkeypatch: pytest.M
     ("text", "message"),
     [
         ("importence", "did you mean 'importance'"),
-        ("zzz", "there are exact, rejection, importance, best_of_n; one of your own is package.module:MyEngine"),
+        ("zzz", "there are exact, rejection, importance, .*best_of_n.*; one of your own is package.module:MyEngine"),
         ("", "cannot read"),
         ("importance(", "cannot read"),
         ("importance(4)(5)", "cannot read the arguments"),

@@ -22,11 +22,15 @@ __all__ = ["ExactTwist"]
 
 
 class _Rows(NamedTuple):
-    """B rows: for each, the states of both machines and V after 0..t tokens (B, t+1, ·), and its tokens so far."""
+    """B rows: for each, the states of both machines and V after 0..t tokens (B, t+1, ·), and its tokens so far.
+
+    They live on the CPU, where the machines are; what is asked of them goes to the device that asks.
+    """
 
     states: Tensor
     values: Tensor
     lengths: Tensor
+    device: torch.device
 
     def last(self) -> tuple[Tensor, Tensor, Tensor]:
         row = torch.arange(len(self.lengths))
@@ -84,25 +88,23 @@ class ExactTwist:
         """As `Incremental.start`."""
         where = contexts.cpu()
         states = torch.stack([self.law.initial[where], self.base.initial[where]], -1)
-        return _Rows(states[:, None], self.log_normalizer[where][:, None], torch.zeros_like(where))
+        return _Rows(states[:, None], self.log_normalizer[where][:, None], torch.zeros_like(where), contexts.device)
 
     def weigh(self, state: _Rows, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`; −inf after a prefix with V = −inf."""
         at_law, at_base, value = state.last()
         posterior, prior = self.law.next_log_probs(at_law), self.base.next_log_probs(at_base)
-        device = None
         if candidates is not None:
-            device = candidates.device
             posterior, prior = posterior.gather(1, candidates.cpu()), prior.gather(1, candidates.cpu())
         possible = (posterior > -torch.inf) & (prior > -torch.inf) & (value > -torch.inf)[:, None]
         ratio = torch.where(possible, posterior - torch.where(possible, prior, 0.0), -torch.inf)
-        return ratio if device is None else ratio.to(device)
+        return ratio.to(state.device)
 
     def advance(self, state: _Rows, tokens: Tensor, step: Any) -> _Rows:
         """As `Incremental.advance`."""
         tokens = tokens.cpu()
         at_law, at_base, value = state.last()
-        increment = self.weigh(state, tokens[:, None])[:, 0]
+        increment = self.weigh(state, tokens[:, None])[:, 0].cpu()
         states, values, lengths = state.states, state.values, state.lengths + 1
         if len(lengths) and int(lengths.max()) >= states.shape[1]:
             states = torch.cat([states, torch.zeros_like(states)], 1)
@@ -112,16 +114,16 @@ class ExactTwist:
         row = torch.arange(len(lengths))
         after = torch.stack([self.law.advance(at_law, tokens), self.base.advance(at_base, tokens)], -1)
         states[row, lengths], values[row, lengths] = after, value + increment
-        return _Rows(states, values, lengths)
+        return _Rows(states, values, lengths, state.device)
 
     def potential(self, state: _Rows) -> Tensor:
         """As `Incremental.potential`: V, in nats."""
-        return state.last()[2]
+        return state.last()[2].to(state.device)
 
     def select(self, state: _Rows, index: Tensor) -> _Rows:
         """As `Incremental.select`."""
         index = index.cpu()
-        return _Rows(state.states[index], state.values[index], state.lengths[index])
+        return _Rows(state.states[index], state.values[index], state.lengths[index], state.device)
 
     def crop(self, state: _Rows, lengths: Tensor) -> _Rows:
         """As `Incremental.crop`."""
