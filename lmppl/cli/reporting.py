@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmppl.cli.findings import findings, plain_info
 from lmppl.errors import MissingDependency, ModelError, StorageError
 from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Guarantee
@@ -89,6 +90,7 @@ def run_as_dict(result: Approximation, out: Path | None) -> dict[str, Any]:
         "num_draws": len(draws),
         "log_z": [_estimate(result, c) for c in range(draws.num_contexts)],
         "cost": dict(result.cost.as_dict()),
+        "info": plain_info(result.info),
         "spec_hash": draws.meta.get("spec_hash"),
         "versions": draws.meta.get("versions"),
         "out": None if out is None else str(out),
@@ -126,6 +128,8 @@ def print_run(result: Approximation, out: Path | None, stdout: TextIO) -> None:
     worth = result.info.get("ess")
     weighted = "" if worth is None else f", worth {float(worth.sum()):,.0f} unweighted ones (ESS)"
     facts.add_row("draws", f"{len(draws):,}{weighted}" + (f" → {out}" if out is not None else ""))
+    for name, text in findings(result.info):
+        facts.add_row(name, Text(text))
     cost = result.cost
     facts.add_row("cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s")
     console.print(facts)

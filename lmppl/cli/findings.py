@@ -1,0 +1,128 @@
+"""What a run's `info` says in one line a figure, for people: agreement of sweeps and chains, acceptance, distance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["findings", "plain_info"]
+
+MAX_ENTRIES = 1000  # of one tensor in machine output
+
+
+def findings(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and text of each figure that the run has, over all contexts."""
+    for name, read in READERS.items():
+        if name in info:
+            text = read(info)
+            if text:
+                yield LABELS[name], text
+
+
+def plain_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """`info` as JSON data; numbers that are not finite become strings, tensors of over 1,000 entries their shapes."""
+    return {str(name): _plain(value) for name, value in info.items()}
+
+
+def _sweeps(info: Mapping[str, Any]) -> str:
+    log_z: Tensor = info["log_z_sweeps"]
+    low, high = float(log_z.min()), float(log_z.max())
+    text = f"{log_z.shape[1]}, log Ẑ of each from {low:z.2f} to {high:z.2f}"
+    dead = int(info["zero_sweeps"].sum()) if "zero_sweeps" in info else 0
+    return f"{text}; {dead} found nothing with γ > 0" if dead else text
+
+
+def _ess_history(info: Mapping[str, Any]) -> str:
+    history = info["ess_history"]
+    return f"{float(history.nan_to_num(nan=math.inf).min()):,.1f}" if isinstance(history, Tensor) else ""
+
+
+def _ancestors(info: Mapping[str, Any]) -> str:
+    counts = info["distinct_ancestors"]
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _khat(info: Mapping[str, Any]) -> str:
+    values = info["khat"][~info["khat"].isnan()]
+    return f"{float(values.max()):.2f}" if len(values) else ""
+
+
+def _extreme(name: str, worst: Callable[[Tensor], Tensor], form: str) -> Callable[[Mapping[str, Any]], str]:
+    """The worst of a figure over scalars and contexts, with the scalar's name."""
+
+    def read(info: Mapping[str, Any]) -> str:
+        known = {label: values[~values.isnan()] for label, values in info[name].items()}
+        found = {label: float(worst(values)) for label, values in known.items() if len(values)}
+        if not found:
+            return "too few steps"
+        label = (max if worst is torch.max else min)(found, key=lambda key: found[key])
+        return f"{found[label]:{form}} ({label})"
+
+    return read
+
+
+def _acceptance(info: Mapping[str, Any]) -> str:
+    rates = info["acceptance"]
+    if not isinstance(rates, Mapping):
+        return ""
+    return ", ".join(f"{kernel} {float(rate.double().mean()):.0%}" for kernel, rate in rates.items())
+
+
+def _swaps(info: Mapping[str, Any]) -> str:
+    rates = info["swap_rates"]
+    return ", ".join(f"{float(rate):.0%}" for rate in torch.as_tensor(rates).flatten())
+
+
+def _stuck(info: Mapping[str, Any]) -> str:
+    return f"{sum(len(chains) for chains in info['stuck'].values())} chains never moved" if info["stuck"] else ""
+
+
+def _shares(name: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda info: ", ".join(f"{float(x):.3g}" for x in torch.as_tensor(info[name]).flatten())
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "log_z_sweeps": _sweeps,
+    "ess_history": _ess_history,
+    "distinct_ancestors": _ancestors,
+    "khat": _khat,
+    "rhat": _extreme("rhat", torch.max, ".3f"),
+    "bulk_ess": _extreme("bulk_ess", torch.min, ",.0f"),
+    "acceptance": _acceptance,
+    "swap_rates": _swaps,
+    "stuck": _stuck,
+    "certificate": _shares("certificate"),
+    "acceptance_rate": _shares("acceptance_rate"),
+    "total_variation_bound": _shares("total_variation_bound"),
+}
+LABELS = {
+    "log_z_sweeps": "sweeps",
+    "ess_history": "lowest ESS",
+    "distinct_ancestors": "ancestors left",
+    "khat": "worst k̂",
+    "rhat": "worst R̂",
+    "bulk_ess": "lowest bulk ESS",
+    "acceptance": "accepted",
+    "swap_rates": "swapped",
+    "stuck": "stuck",
+    "certificate": "TV at most",
+    "acceptance_rate": "acceptance",
+    "total_variation_bound": "TV at most",
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist()) if value.numel() <= MAX_ENTRIES else {"shape": list(value.shape)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
