@@ -15,8 +15,24 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError, StorageError
-from lmppl.inference import BestOfN, Budget, Engine, Importance, Part, Rejection, infer
+from lmppl.inference import (
+    AIS,
+    MCMC,
+    SMC,
+    BestOfN,
+    Budget,
+    Engine,
+    Importance,
+    Part,
+    QuasiRejection,
+    Rejection,
+    Splitting,
+    TemperedSMC,
+    infer,
+)
 from lmppl.inference.checkpoint import engine_identity
+from lmppl.inference.mcmc import Tempered
+from lmppl.inference.twists import ExactTwist
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.model import Model
@@ -24,8 +40,21 @@ from lmppl.storage import pack, unpack
 from tests.models import enumerable_lm, wavy
 
 PROJECT = Path(__file__).resolve().parents[2]
-ENGINES = [Importance(), Rejection(batch=512), BestOfN(4), Importance(proposal=enumerable_lm("tabular", seed=1))]
 DRAWS = 2500
+ENGINES = [
+    (Importance(), DRAWS),
+    (Rejection(batch=512), DRAWS),
+    (BestOfN(4), DRAWS),
+    (Importance(proposal=enumerable_lm("tabular", seed=1)), DRAWS),
+    (QuasiRejection(bound=1.0), DRAWS),
+    (SMC(16), 64),
+    (SMC(16, twist=ExactTwist.of(enumerable_lm("tabular") * Reward(wavy, beta=0.5, upper=1.0))), 64),
+    (MCMC(4, warmup=10), 4 * 32 * 3),
+    (Tempered(4, warmup=10), 4 * 32 * 3),
+    (AIS(16), 64),
+    (TemperedSMC(16), 64),
+    (Splitting(16), 64),
+]
 
 
 def model() -> Model:
@@ -60,15 +89,15 @@ def crash_after(count: int):
     return on_part
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-def test_a_run_that_crashed_goes_on_to_the_same_draws(engine: Engine, tmp_path: Path) -> None:
-    whole = infer(model(), engine, DRAWS, seed=5)
+@pytest.mark.parametrize(("engine", "num_draws"), ENGINES, ids=str)
+def test_a_run_that_crashed_goes_on_to_the_same_draws(engine: Engine, num_draws: int, tmp_path: Path) -> None:
+    whole = infer(model(), engine, num_draws, seed=5)
     with pytest.raises(Stop):
-        infer(model(), engine, DRAWS, seed=5, checkpoint=tmp_path / "run", on_part=crash_after(2))
+        infer(model(), engine, num_draws, seed=5, checkpoint=tmp_path / "run", on_part=crash_after(2))
     parts = sorted((tmp_path / "run").glob("part-*"))
     assert len(parts) == 2
     times = [path.stat().st_mtime_ns for path in parts]
-    resumed = infer(model(), engine, DRAWS, seed=5, checkpoint=tmp_path / "run")
+    resumed = infer(model(), engine, num_draws, seed=5, checkpoint=tmp_path / "run")
     assert [path.stat().st_mtime_ns for path in parts] == times
     assert same(resumed, whole)
     assert resumed.cost.lm_tokens == whole.cost.lm_tokens
