@@ -18,6 +18,7 @@ from lmppl.errors import ModelError, ShapeError
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.modeling.factors import Feature, FeatureInput, Incremental
+from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.user_functions import evaluate
 from lmppl.sequences import Cost, Sequences, concatenate
 
@@ -50,12 +51,24 @@ class PrefixScore:
     beta: float = 1.0
     probability: bool = False
 
+    @property
+    def feature(self) -> Feature:
+        """f and what it reads."""
+        if isinstance(self.fn, Feature):
+            return self.fn
+        return Feature(getattr(self.fn, "__name__", "prefix_score"), self.fn, self.on)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content of f and its scale: what a checkpoint recognises it by."""
+        content = self.feature.fingerprint or content_digest(self.feature.fn)
+        return f"{content}:{self.feature.on}:{self.beta!r}:{self.probability}"
+
     def __call__(self, lm: LanguageModel) -> Incremental:
         """The incremental form for prefixes of `lm`."""
         if not self.beta > 0.0:
             raise ModelError(f"PrefixScore: got beta={self.beta!r}, expected a positive number that divides the score")
-        name = getattr(self.fn, "__name__", "prefix_score")
-        feature = self.fn if isinstance(self.fn, Feature) else Feature(name, self.fn, self.on)
+        feature = self.feature
         return cast(Incremental, PrefixScoreForm(lm, feature, self.beta, self.probability))
 
 
@@ -87,8 +100,6 @@ class PrefixScoreForm:
     @property
     def fingerprint(self) -> str:
         """Content of f and its scale."""
-        from lmppl.modeling.function_contents import content_digest
-
         content = self.feature.fingerprint or content_digest(self.feature.fn)
         return f"{content}:{self.feature.on}:{self.beta!r}:{self.probability}"
 
@@ -231,6 +242,11 @@ class HiddenScore:
     head: Callable[[Tensor], Tensor]
     beta: float = 1.0
 
+    @property
+    def fingerprint(self) -> str:
+        """Content of the head and its scale."""
+        return f"{content_digest(self.head)}:{self.beta!r}"
+
     def __call__(self, lm: LanguageModel) -> Incremental:
         """The incremental form for `lm`."""
         if not self.beta > 0.0:
@@ -339,6 +355,12 @@ class ClassConditional:
     target: int = 0
     prior: Sequence[float] | None = None
     length_normalized: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """The LMs and how they are combined."""
+        prior = None if self.prior is None else list(self.prior)
+        return repr(([lm.fingerprint for lm in self.lms], self.target, prior, self.length_normalized))
 
     def __call__(self, lm: LanguageModel) -> Incremental:
         """The incremental form for `lm`."""

@@ -115,8 +115,8 @@ def to_feature(
         )
     if hasattr(fn, "log_prob"):
         raise ModelError(f"{kind}: got the distribution {type(fn).__name__}, expected a function of a list of texts")
-    if on not in ("text", "full", "ids", "hidden"):
-        raise ModelError(f"{kind}: got on={on!r}, expected 'text', 'full', 'ids' or 'hidden'")
+    if on not in ("text", "full", "ids", "hidden", "log_prior"):
+        raise ModelError(f"{kind}: got on={on!r}, expected 'text', 'full', 'ids', 'hidden' or 'log_prior'")
     if label is not None:
         fn = LabelScore(fn, label)
     feature = Feature(function_name(fn) or name or kind.lower(), fn, on, stochastic, fingerprint)

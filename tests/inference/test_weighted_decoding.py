@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from lmppl.diagnostics.divergences import total_variation
-from lmppl.errors import FactorError, ModelError, ShapeError, UnsupportedModel
+from lmppl.errors import FactorError, ModelError, ShapeError, StorageError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Guarantee, Shard, infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.guided import DecodingEngine, GuidedLM, draw_steered
 from lmppl.inference.importance import Importance, importance_log_weights
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
+from lmppl.inference.smc import SMC
 from lmppl.inference.twists import ExactTwist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.lm.tabular import TabularLM
@@ -398,6 +399,36 @@ def _source():
     from lmppl.lm.randomness import Source
 
     return Source(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["tabular", "llama"])
+def test_smc_with_a_guided_proposal_reaches_the_posterior(kind):
+    model = hard_model(kind)
+    q = WeightedDecoding.controlled(lambda texts: [-2.0 * t.count("b") for t in texts]).language_model(model)
+    result = infer(model, SMC(32, proposal=q, num_sweeps=60), seed=5, progress=False)
+    estimate = result.log_normalizer[0]
+    length = result.expectation(Feature("length", lambda rows: rows.lengths.double(), on="ids"))
+    for c in CONTEXTS:
+        brute = brute_force(model, c)
+        assert abs(float(estimate.value[c] - brute.log_z)) < 4.5 * float(estimate.standard_error[c])
+        exact = float((brute.log_posterior.exp() * brute.sequences.lengths).sum())
+        assert abs(float(length.value[c]) - exact) < 4.5 * float(length.standard_error[c])
+
+
+def test_a_checkpoint_knows_the_scores(tmp_path):
+    model = soft_model("tabular")
+    engine = WeightedDecoding(PrefixScore(crude, on="ids"))
+    once = infer(model, engine, 700, seed=1, progress=False, checkpoint=tmp_path / "run")
+    again = infer(model, engine, 700, seed=1, progress=False, checkpoint=tmp_path / "run")
+    assert torch.equal(once.draws.ids, again.draws.ids)
+    assert torch.equal(once.draws.log_q, again.draws.log_q)
+    assert again.info["not_decoded"] == once.info["not_decoded"]
+    with pytest.raises(StorageError, match="belongs to another run"):
+        infer(model, WeightedDecoding(PrefixScore(wavy)), 700, seed=1, progress=False, checkpoint=tmp_path / "run")
+    head = torch.nn.Linear(2, 2)
+    prints = {HiddenScore(head).fingerprint, HiddenScore(head, 2.0).fingerprint, PrefixScore(crude).fingerprint}
+    prints |= {ClassConditional((model.prior, model.prior), t).fingerprint for t in (0, 1)}
+    assert len(prints) == 5
 
 
 # Bad input.

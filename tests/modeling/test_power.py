@@ -11,6 +11,7 @@ from lmppl.inference.engine import infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.smc import SMC
 from lmppl.lm.base import Step
 from lmppl.lm.derived import TemperedLM
 from lmppl.lm.tabular import TabularLM
@@ -189,6 +190,26 @@ def test_tempered_proposals_are_corrected(kind):
     for c in CONTEXTS:
         error = result.log_normalizer[0].standard_error[c]
         assert abs(float(result.log_normalizer[0].value[c] - log_z[c])) < 4.5 * float(error)
+
+
+@pytest.mark.parametrize("kind", ["tabular", "llama"])
+@pytest.mark.parametrize("proposal", ["optimal", "tempered"])
+def test_smc_steers_by_the_incremental_form(kind, proposal):
+    model = enumerable_lm(kind) ** 2.5
+    log_z = infer(model, Exact(), progress=False).log_normalizer[0].value
+    q = "optimal" if proposal == "optimal" else model.prior.at_temperature(1 / 2.5)
+    result = infer(model, SMC(32, proposal=q, num_sweeps=60), seed=1, progress=False)
+    estimate = result.log_normalizer[0]
+    for c in CONTEXTS:
+        assert abs(float(estimate.value[c] - log_z[c])) < 4.5 * float(estimate.standard_error[c])
+
+
+def test_rewards_may_read_log_prior():
+    lm = enumerable_lm("tabular")
+    half = lm * Reward(lambda log_prior: 0.5 * log_prior, on="log_prior", name="half")
+    rows = all_outcomes(lm, 0)
+    expected = Target(lm**1.5).log_prob_unnormalized(rows)
+    torch.testing.assert_close(Target(half).log_prob_unnormalized(rows), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_the_bound_of_a_sharpened_prior_lets_rejection_run():

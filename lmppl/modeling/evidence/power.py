@@ -156,10 +156,11 @@ class PowerPotential:
 
     def _log_probs(self, state: PowerState) -> Tensor:
         """(B, V) log π0(·|c, x_≤t)."""
-        if bool((state.lengths + 1 == len(state.steps)).all()):
-            return state.steps[-1].log_probs[:, -1]
-        hidden = _at(torch.stack([s.hidden for s in state.steps]), state.lengths)
-        return Step(state.steps[-1].project, hidden).log_probs[:, -1]
+        step = state.steps[-1]
+        if not bool((state.lengths + 1 == len(state.steps)).all()):
+            step = Step(step.project, _at(torch.stack([s.hidden for s in state.steps]), state.lengths))
+        with torch.no_grad():
+            return step.log_probs[:, -1]
 
 
 def _last(step: Step) -> Step:
