@@ -15,7 +15,7 @@ from lmppl.diagnostics.weights import effective_sample_size
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Particles
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
-from lmppl.inference.mcmc import Kernel, Mixture
+from lmppl.inference.mcmc import Kernel, SuffixResample
 from lmppl.inference.proposals import check_bounds, draw_from
 from lmppl.inference.resampling import effective_sizes
 from lmppl.lm.randomness import Source
@@ -73,8 +73,8 @@ class Splitting(Engine):
     of e^{−20} takes some dozens of rounds in place of e^{20} draws.
 
     A sweep ends when its next level would be at `top` or above, or when all particles have one score. `top` must not
-    depend on the sweep's own particles: one pilot sweep, which is then thrown away, ends when the weights φ of its
-    particles are even (ESS ≥ N/2), and leaves its level for the sweeps that count.
+    depend on the sweep's own particles, or nothing guarantees E Ẑ = Z: one pilot sweep, which is then thrown away, ends
+    when the weights φ of its particles are even (ESS ≥ N/2), and leaves its level for the sweeps that count.
 
     Parameters
     ----------
@@ -89,7 +89,8 @@ class Splitting(Engine):
         Where a sweep ends, for all contexts: 3.0 for a constraint that asks for a score above 3. By default a pilot
         finds it.
     kernel : Kernel or tuple of Kernel
-        Of `lmppl.inference.mcmc`, restricted to S > z; a tuple is one kernel after the other.
+        Of `lmppl.inference.mcmc`, restricted to S > z; a tuple is one kernel after the other. The default makes near
+        moves: far ones are rarely accepted at a high level.
     num_moves : int
         How often each copy is moved.
     num_sweeps : int
@@ -120,8 +121,8 @@ class Splitting(Engine):
     kill_share: float = 0.25
     score: str | Callable[..., Any] | Feature | None = field(default=None, kw_only=True)
     top: float | None = field(default=None, kw_only=True)
-    kernel: Kernel | tuple[Kernel, ...] = field(default=Mixture(), repr=False, kw_only=True)
-    num_moves: int = field(default=2, kw_only=True)
+    kernel: Kernel | tuple[Kernel, ...] = field(default=SuffixResample(), repr=False, kw_only=True)
+    num_moves: int = field(default=3, kw_only=True)
     num_sweeps: int = field(default=8, kw_only=True)
 
     name: ClassVar[str] = "splitting"

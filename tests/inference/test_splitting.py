@@ -81,7 +81,7 @@ CASES = [
     ("tabular", (SOFT, LONG), Splitting(2, 0.5, score=backwards, kernel=Restart(), num_moves=1), math.inf),
     ("tabular", (SOFT, LONG), Splitting(2, 0.5, kernel=Restart(), num_moves=1), math.inf),
     ("tabular", (LONG,), Splitting(3, 0.34, score=letters, kernel=Restart(), num_moves=1), 1.0),
-    ("tabular", (SOFT,), Splitting(3, 0.6, kernel=Restart(), num_moves=1), math.inf),
+    ("tabular", (SOFT,), Splitting(3, 0.6, kernel=Restart(), num_moves=1), 1.0),
     ("llama", (Constraint(lambda texts: ["bb" in t for t in texts], name="bb"),),
      Splitting(2, 0.5, score=count_of("b"), kernel=Restart(), num_moves=1), 0.5),
     ("mistral", (SOFT,), Splitting(2, 0.5, score=count_of("b"), kernel=Restart(), num_moves=1), 0.0),
@@ -107,16 +107,6 @@ def test_leaving_out_the_retired_is_biased_where_the_score_is_not_the_evidence(m
     model = Model(small("tabular"), (SOFT,))
     mean, _ = law(model, CASES[4][2], 0.2)
     assert abs(mean - float(brute_force(model, 0).log_z.exp())) > VISIBLE
-
-
-def test_stopping_when_the_particles_look_good_is_biased() -> None:
-    """Why a pilot, which is thrown away, chooses the top: a sweep that does it for itself fails the same check."""
-    model = Model(small("tabular"), (SOFT,))
-    engine, target = Splitting(2, 0.5, kernel=Restart(), num_moves=1), Target(model)
-    shard = SplittingShard(0, 2, 0, (0,), 2, ())
-    outcomes = every_outcome(lambda source: engine.simulate(target, shard, source).info["log_z"])
-    mean = sum(probability * math.exp(float(log_z)) for probability, log_z in outcomes)
-    assert abs(mean - float(brute_force(model, 0).log_z.exp())) > 1e-6
 
 
 def test_all_at_the_level_are_killed() -> None:
@@ -152,9 +142,7 @@ def test_a_run_agrees_with_enumeration_in_both_contexts(kind) -> None:
 
 def test_a_rare_constraint_is_reached() -> None:
     """Probability e^{−13}: 128 particles × 12 sweeps find it with a few rounds."""
-    table = torch.full((4, 4), 0.0)
-    table[:] = torch.tensor([0.05, 0.55, 0.3, 0.1])
-    lm = TabularLM(table / table.sum(-1, keepdim=True), ["a", "b", "c", "<eos>"], max_new_tokens=8)
+    lm = TabularLM([[0.05, 0.55, 0.3, 0.1]] * 5, ["a", "b", "c", "<eos>"], max_new_tokens=8)
     model = lm * Constraint(lambda texts: [t.count("a") >= 4 for t in texts], name="aaaa")
     result = infer(model, Splitting(128, score=count_of("a"), top=3.0), 128 * 12, seed=1)
     exact = float(brute_force_log_z(lm))
@@ -228,7 +216,7 @@ def test_a_plain_predicate_is_refused_with_what_to_give() -> None:
         (Splitting(8, top=math.nan), "top=nan"),
         (Splitting(8, kernel=()), "expected a kernel"),
         (Splitting(8, score=lambda texts: [[1.0, 2.0]] * len(texts)), "2 values a text"),
-        (Splitting(8, score=lambda texts: [math.inf] * len(texts)), "score is inf for the text"),
+        (Splitting(8, score=lambda texts: [math.inf] * len(texts)), "returned inf"),
     ],
 )
 def test_nonsense_is_refused(engine, words) -> None:
