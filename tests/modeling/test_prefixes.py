@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, ModelError
+from lmppl.inference.guided import GuidedLM
 from lmppl.lm import LM
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
@@ -263,6 +264,20 @@ def test_other_factors_are_not_evaluated_on_prefixes() -> None:
     target = Target(build("tabular") * Reward(whole) * CONSTRAINTS["function"]())
     form = target.factors[1].incremental
     assert form.potential(form.start(torch.tensor([0]))).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", ["characters", "function"])
+def test_a_guide_has_the_fingerprint_of_its_content(name: str) -> None:
+    lm = build("llama")
+
+    def guided(factor: Constraint) -> GuidedLM:
+        return GuidedLM(lm, [(lm * factor).factors[0]])
+
+    law = guided(CONSTRAINTS[name]())
+    before = law.fingerprint
+    law.draw(3, generator=torch.Generator().manual_seed(0))
+    assert law.fingerprint == before == guided(CONSTRAINTS[name]()).fingerprint
+    assert before not in {guided(CONSTRAINTS[other]()).fingerprint for other in ("avoiding", "ascii")}
 
 
 # Functions that are not prefix-closed.

@@ -7,6 +7,7 @@ settled text, with which every continuation's text begins (see `lmppl.lm.spellin
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from lmppl.lm.spelling import Spelled
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
 from lmppl.modeling.factors import Factor, Incremental
+from lmppl.modeling.function_contents import content_digest
 from lmppl.sequences import Sequences
 
 __all__ = ["LogFactor", "PrefixReader", "PrefixRows", "automaton_form", "prefix_closed_form"]
@@ -66,13 +68,20 @@ class PrefixReader:
         (`Sequences` of prefixes, whose text is the settled one) → (B,) potentials.
     ending : callable
         (`Sequences` of outcomes) → (B,) log φ.
+    content : callable
+        Names the content of the two; called when it is asked for, since it may hash a network.
     """
 
     needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"ids", "text"})
 
-    def __init__(self, lm: LanguageModel, going: LogFactor, ending: LogFactor) -> None:
-        self.lm, self._going, self._ending = lm, going, ending
+    def __init__(self, lm: LanguageModel, going: LogFactor, ending: LogFactor, content: Callable[[], str]) -> None:
+        self.lm, self._going, self._ending, self._content = lm, going, ending, content
         self.stop: tuple[str, ...] = tuple(getattr(lm, "stop", ()))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the form says."""
+        return self._content()
 
     def start(self, contexts: Tensor, step: Step | None = None) -> PrefixRows:
         """As `Incremental.start`."""
@@ -208,6 +217,11 @@ class _AutomatonForm:
         return AutomatonPrefixes(self.automaton, self.lm) if tabulated else self._reader()
 
     @property
+    def fingerprint(self) -> str:
+        """Of the automaton."""
+        return hashlib.sha256(repr(self.automaton.to_dict()).encode()).hexdigest()[:16]
+
+    @property
     def needs(self) -> Collection[Literal["text", "ids", "hidden"]]:
         """As `Incremental.needs`: text only where prefixes are read, which is slow for all V tokens."""
         return self.form.needs
@@ -247,7 +261,8 @@ class _AutomatonForm:
             passed = good[automaton.run(words)]
             return torch.zeros(len(rows), dtype=torch.float64).masked_fill_(~passed, -torch.inf)
 
-        return PrefixReader(self.lm, lambda rows: verdict(live, rows), lambda rows: verdict(automaton.accept, rows))
+        going, ending = (lambda rows: verdict(live, rows)), (lambda rows: verdict(automaton.accept, rows))
+        return PrefixReader(self.lm, going, ending, lambda: self.fingerprint)
 
 
 def prefix_closed_form(factor: Factor, lm: LanguageModel, log_factor: LogFactor | None) -> PrefixReader:
@@ -266,7 +281,12 @@ def prefix_closed_form(factor: Factor, lm: LanguageModel, log_factor: LogFactor 
     That no violated prefix can be mended is checked at run time where it costs little: the empty text must be allowed,
     and a few violated texts are tried with other texts behind them, all of which must be forbidden.
     """
-    return PrefixReader(lm, _Watched(factor, lm, log_factor), _evaluator(factor, lm, log_factor))
+
+    def content() -> str:
+        functions = [(f.on, f.fingerprint or content_digest(f.fn)) for f in factor.features]
+        return hashlib.sha256(repr((functions, content_digest(factor.log_factor))).encode()).hexdigest()[:16]
+
+    return PrefixReader(lm, _Watched(factor, lm, log_factor), _evaluator(factor, lm, log_factor), content)
 
 
 def _evaluator(factor: Factor, lm: LanguageModel, log_factor: LogFactor | None) -> LogFactor:
