@@ -10,6 +10,9 @@ from lmppl.inference import resampling
 from lmppl.inference.smc import SMC
 from lmppl.inference.sweep import Sweep
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.automata import Automaton
+from lmppl.modeling.evidence.constraint import Constraint
+from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.target import Target
 from tests.inference.smc_cases import (
@@ -27,7 +30,7 @@ from tests.inference.smc_cases import (
     small_model,
     sweep_law,
 )
-from tests.models import TOLERANCE, wavy
+from tests.models import TOLERANCE, has_no, wavy
 
 PROPOSALS = ("prior", "optimal", "lm")
 
@@ -107,6 +110,24 @@ def test_factors_with_a_form_are_the_twist(proposal):
     smc = engine("tabular", proposal=proposal, twist=False, horizon=3)
     check(model, smc)
     check(model, replace(smc, ess_threshold=0.0))
+
+
+@pytest.mark.parametrize("kind", ["tabular", "llama"])
+@pytest.mark.parametrize("proposal", [None, "prior"])
+@pytest.mark.parametrize(
+    "factor",
+    [
+        PowerPrior(1.7),
+        Constraint(Automaton.avoiding("ba") & Automaton.length(1)),
+        Constraint(has_no("b"), prefix_closed=True),
+    ],
+    ids=["power", "automaton", "prefix closed"],
+)
+def test_factors_of_the_library_are_twists(kind, proposal, factor):
+    model = small_model(kind, False) * factor
+    smc = engine(kind, proposal=proposal, twist=False)
+    assert smc.twist_of(Target(model)).names == (factor.name,)
+    check(model, smc, context=1)
 
 
 @pytest.mark.parametrize(("scheme", "hard"), [(s, i % 2 == 0) for i, s in enumerate(SCHEMES)])
