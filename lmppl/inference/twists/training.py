@@ -119,6 +119,8 @@ def learn_twist(
     _check(counts, learning_rate, weight_decay, holdout)
     if positives is not None and not loss.uses_positives:
         raise ModelError(f"positives: the loss {loss.name!r} learns from draws of the prior alone; leave it out")
+    if draws is not None and num_draws is not None:
+        raise ModelError("learn_twist: got draws and num_draws, expected one of them")
     lm = model.prior
     require_hidden(lm)
     start, target = time.perf_counter(), Target(model)

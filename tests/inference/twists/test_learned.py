@@ -19,6 +19,7 @@ from lmppl.inference.smc import SMC
 from lmppl.inference.twists import LearnedTwist, learn_twist
 from lmppl.inference.twists.head import HeadShape, TwistHead
 from lmppl.inference.twists.learned import LearnedState, TwistRecord
+from lmppl.inference.twists.losses import TwistLoss
 from lmppl.inference.twists.rollouts import (
     draw_training_set,
     evaluate_rollouts,
@@ -31,6 +32,7 @@ from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling import Constraint, Incremental, Model, Reward, Target
 from lmppl.sequences import Cost, Draws, Sequences, concatenate
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.twists.test_losses import MeanValue
 from tests.lm.random_models import build, tokenizer
 from tests.models import TOLERANCE, brute_force, enumerable_lm, has_no, wavy
 
@@ -94,7 +96,7 @@ def with_densities(lm: LanguageModel, rows: Sequences, log_prior: Tensor) -> Dra
     return Draws(rows.ids, rows.lengths, rows.finished, rows.context, lm.prompts, lm.decode, **columns)
 
 
-def small(model: Model, loss: str, **options: object) -> LearnedTwist:
+def small(model: Model, loss: str | TwistLoss, **options: object) -> LearnedTwist:
     """Learned from all outcomes, unless told otherwise, by a head that is large for them."""
     settings: dict[str, object] = {"num_steps": 250, "batch_size": 4000, "learning_rate": 2e-2, "weight_decay": 0.0}
     settings |= {"width": 48, "rank": 8, "memory": 8, "progress": False} | options
@@ -290,6 +292,24 @@ def test_each_loss_learns_the_soft_values(loss: str, hard: bool) -> None:
     assert max(value_errors(twist, model)) < 0.05
 
 
+def test_a_loss_of_ones_own_is_an_instance_and_mean_values_do_not_give_the_posterior() -> None:
+    model = model_of("llama")
+    twist = small(model, MeanValue())
+    assert twist.record.loss == "mean_value"
+    wrong, right = (max(kl for kl, _ in divergences(t, model)) for t in (twist, learned("llama", "contrastive")))
+    assert wrong > 0.02
+    assert wrong > 10 * right
+    assert max(value_errors(twist, model)) > 0.1
+
+
+def test_progress_is_shown_where_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich draws bars on terminals alone
+    small(model_of("llama"), "contrastive", num_draws=40, num_steps=2, progress=True)
+    shown = capsys.readouterr()
+    assert "learn_twist(contrastive)" in shown.err
+    assert shown.out == ""
+
+
 def test_draws_of_the_prior_do_and_figures_say_how_well() -> None:
     model = model_of("mistral")
     twist = small(model, "contrastive", num_draws=800, num_steps=100)
@@ -359,6 +379,7 @@ def test_evidence_that_no_draw_meets_is_refused() -> None:
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay: got -1.0"),
         ({"holdout": 1.0}, "holdout: got 1.0, expected a share of at least 0 and below 1"),
+        ({"num_draws": 5, "draws": everything}, "got draws and num_draws"),
         ({"loss": "mse"}, "loss: got 'mse', expected one of"),
         (
             {"loss": "soft_value", "positives": "rejection"},
