@@ -6,8 +6,6 @@ about its beginning, whatever its weights say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -37,8 +35,3 @@ def distinct_ancestors(ancestors: Tensor) -> Tensor:
     """
     ordered = torch.sort(ancestor_paths(ancestors), -1).values
     return 1 + (ordered.diff(dim=-1) > 0).sum(-1)
-
-
-def survivors_of_first_round(sweeps: Sequence[Tensor]) -> Tensor:
-    """(G, S) the distinct ancestors that are left of the first round of each sweep."""
-    return torch.stack([distinct_ancestors(a)[0] for a in sweeps], -1)
