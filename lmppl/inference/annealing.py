@@ -251,8 +251,8 @@ class AIS(_Annealed, Engine):
     neal2001
     """
 
-    num_particles: int = 64
-    num_temperatures: int = 16
+    num_particles: int = 128
+    num_temperatures: int = 8
     ladder: tuple[float, ...] | None = field(default=None, kw_only=True)
     kernel: Kernel | tuple[Kernel, ...] = field(default=Mixture(), repr=False, kw_only=True)
     num_moves: int = field(default=1, kw_only=True)

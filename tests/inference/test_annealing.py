@@ -393,8 +393,9 @@ def test_the_sandwich_holds_log_z(engine) -> None:
     for c in (0, 1):
         log_z = float(brute_force(MODEL, c).log_z)
         assert float(low.interval[c, 0]) - 0.02 < log_z < float(high.interval[c, 1]) + 0.02
-        assert float(high.value[c]) > float(low.value[c]) - 0.05
-        assert float(high.value[c] - low.value[c]) < 0.3
+        gap = float(high.value[c] - low.value[c])
+        noise = math.hypot(float(high.standard_error[c]), float(low.standard_error[c]))
+        assert -4.5 * noise < gap < 0.3
     same = reverse_ais(MODEL, engine, exact.with_columns(log_weight=None), seed=5)
     assert torch.allclose(same.value, high.value)
 
