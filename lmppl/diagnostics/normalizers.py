@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import NormalDist
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lmppl.diagnostics.intervals import clopper_pearson, empirical_bernstein
@@ -95,6 +94,8 @@ def log_mean_sweeps(log_z: Tensor, level: float = 0.95) -> Estimate:
     if not math.isfinite(float(estimate.standard_error)):
         note = estimate.note.replace("weights are", "sweeps are").replace("one draw", "one sweep")
         return replace(estimate, note=note)
+    from scipy import stats  # imports much, and changes warning filters
+
     half = float(stats.t.ppf((1.0 + level) / 2.0, len(log_z) - 1)) * estimate.standard_error
     interval = torch.stack([estimate.value - half, estimate.value + half])
     note = f"delta method over {len(log_z)} independent sweeps, Student's t: sees no mass that every sweep missed"
