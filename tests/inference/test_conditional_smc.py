@@ -71,6 +71,14 @@ def test_invariance_with_another_proposal_and_without_hard_factors():
     assert invariance(small_model("tabular", False), engine("ssp")) < INVARIANT
 
 
+@pytest.mark.slow
+def test_invariance_where_rows_wait_at_the_ends_of_words():
+    table = TabularLM.random(3, 3, order=2, seed=1).log_table.exp().view(4, 4, 3)
+    lm = TabularLM(table, ["a", " ", "<eos>"], max_new_tokens=3)
+    model = lm * Reward(wavy, beta=0.4) * Constraint(lambda texts: ["a a" not in t for t in texts])
+    assert invariance(model, engine("systematic", every="word")) < INVARIANT
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_keeping_a_slot_is_right_for_multinomial_only(monkeypatch, scheme):
     """Mutant: the retained particle keeps its slot, and the rest is resampled as if it were not there."""
