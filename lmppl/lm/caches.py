@@ -236,14 +236,18 @@ class CacheShelf:
                 read, write = known[heads, capacity]
                 to.view(-1, size).index_copy_(0, write, buffer.view(-1, size).index_select(0, read))
 
-    def take(self, slots: Tensor, lengths: Tensor, width: int) -> BufferedCache:
-        """A fresh cache of the rows in `slots` (M,), their first `lengths` (M,) tokens right-aligned in `width`."""
-        cache = BufferedCache(self.num_columns)
-        columns = torch.arange(self.num_columns, device=slots.device) - (width - lengths)[:, None]
+    def take(self, slots: Tensor, lengths: Tensor, width: int, room: int) -> BufferedCache:
+        """A fresh cache of the rows in `slots` (M,), their first `lengths` (M,) tokens right-aligned in `width`.
+
+        There is room for `room` more columns.
+        """
+        capacity = width + room
+        cache = BufferedCache(capacity)
+        columns = torch.arange(capacity, device=slots.device) - (width - lengths)[:, None]
         columns.clamp_(0, self.num_columns - 1)
         known: dict[int, Tensor] = {}
         for shelved in self.layers:
-            layer = BufferedLayer(self.num_columns)
+            layer = BufferedLayer(capacity)
             cache.layers.append(layer)
             if shelved is not None:
                 heads = shelved[0].shape[1]
@@ -252,7 +256,7 @@ class CacheShelf:
                 fresh = [
                     x.view(-1, x.shape[3])
                     .index_select(0, known[heads])
-                    .view(len(slots), heads, self.num_columns, x.shape[3])
+                    .view(len(slots), heads, capacity, x.shape[3])
                     for x in shelved
                 ]
                 layer.hold(fresh[0], fresh[1], width)

@@ -109,7 +109,10 @@ class MachineShelf:
     def __init__(self, num_slots: int) -> None:
         self.states = torch.zeros(num_slots, 1, dtype=torch.int64)
 
-    def put(self, state: MachineRows, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
+    def flush(self) -> None:
+        """As `RowStore.flush`: nothing waits."""
+
+    def put(self, state: MachineRows, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False) -> None:
         """As `RowStore.put`."""
         width = int(lengths.max()) + 1
         if width > self.states.shape[1]:

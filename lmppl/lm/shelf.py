@@ -25,8 +25,15 @@ __all__ = ["Pending", "Regenerated", "RowStore", "Shelf"]
 class RowStore(Protocol):
     """What a decoder's `shelve(num_slots)` gives, where it can keep rows beyond a state."""
 
-    def put(self, state: State, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
-        """Copy the first `lengths` (M,) tokens of `rows` (M,) of a state into `slots` (M,)."""
+    def put(self, state: State, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False) -> None:
+        """Copy the first `lengths` (M,) tokens of `rows` (M,) of a state into `slots` (M,).
+
+        With `later` the copy may wait for `flush`: the rows are the last ones, which `select` drops without a move.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Copy what waits."""
         ...
 
     def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> State:
@@ -165,47 +172,20 @@ class Shelf:
         -------
         Regenerated
         """
-        lm, device = self.lm, self.lm.device
-        count = len(rows)
-        old, slots = self.slot[rows], self._free(count)
-        self._copy_laws(old, slots, keep)
-        after = torch.arange(self.horizon, device=device) >= keep[:, None]
-        ids = ids.to(device).masked_fill(after, lm.pad_id)
-        lengths = keep.clone()
-        finished = torch.zeros(count, dtype=torch.bool, device=device)
-        log_q = torch.zeros(count, self.horizon, dtype=torch.float64, device=device)
-        cap = torch.full_like(keep, self.horizon) if until is None else until
-        live, at = torch.arange(count, device=device), keep.clone()
-        state: State = None
-        with torch.no_grad():
-            logits = self._project(self._hidden[old, keep])
-            while len(live):
-                place = slots[live]
-                tokens, log_law, log_prob, stuck = self._choose(logits, source, barred)
-                ids[live, at], log_q[live, at], self._log_probs[place, at] = tokens, log_law, log_prob
-                at = at + 1
-                over = self._ended(ids, live, at, tokens) | stuck
-                stop = over | (at == cap[live])
-                if bool(stop.any()):
-                    gone = torch.nonzero(stop).squeeze(1)
-                    ended = live[gone]
-                    lengths[ended], finished[ended] = at[gone], over[gone]
-                    self._shelve(state, gone, old[ended], slots[ended], at[gone] - 1)
-                    on = _compacting_index(stop)
-                    if len(on) == 0:
-                        break
-                    live, at, tokens = live[on], at[on], tokens[on]
-                    place = slots[live]
-                    if state is not None:
-                        state = self.decoder.select(state, on)
-                if state is None:
-                    step, state = self._resume(old[live], rows[live], ids[live], at)
-                else:
-                    step, state = self.decoder.extend(state, tokens[:, None])
-                hidden = step.hidden[:, -1]
-                self._hidden[place, at] = hidden
-                logits = self._project(hidden)
-        return Regenerated(ids, lengths, finished, log_q, Pending(rows, slots, lengths))
+        # Rows with the least to write come last, and so leave a batch from its end, where nothing must be moved.
+        order = torch.argsort(keep, stable=True)
+        back = torch.argsort(order)
+        new = self._regenerate(
+            rows[order],
+            keep[order],
+            ids.to(self.lm.device)[order],
+            source,
+            None if until is None else until[order],
+            barred,
+        )
+        slots = new.pending.slots[back]
+        lengths = new.lengths[back]
+        return Regenerated(new.ids[back], lengths, new.finished[back], new.log_q[back], Pending(rows, slots, lengths))
 
     def force(
         self, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor, *, pending: Pending | None = None
@@ -228,7 +208,7 @@ class Shelf:
         self._copy_laws(source, slots, keep)
         state, known = self._read_tails(source, slots, rows, keep, ids.to(self.lm.device), lengths)
         if state is None:
-            self._shelve(None, torch.arange(len(rows), device=slots.device), source, slots, lengths - 1)
+            self._shelve(None, torch.arange(len(rows), device=slots.device), source, slots, lengths - 1, 0)
         elif self.store is not None:
             self.store.put(state, torch.arange(len(rows), device=slots.device), slots, lengths - 1)
         hidden, log_prob, mask = known
@@ -272,6 +252,61 @@ class Shelf:
 
     # Inside.
 
+    @torch.no_grad()
+    def _regenerate(
+        self, rows: Tensor, keep: Tensor, ids: Tensor, source: Source, until: Tensor | None, barred: Tensor | None
+    ) -> Regenerated:
+        """As `regenerate`, for rows in an order of ascending `keep`."""
+        lm, device = self.lm, self.lm.device
+        count = len(rows)
+        old, slots = self.slot[rows], self._free(count)
+        self._copy_laws(old, slots, keep)
+        columns = torch.arange(self.horizon, device=device)
+        ids = ids.masked_fill(columns >= keep[:, None], lm.pad_id)
+        lengths = keep.clone()
+        finished = torch.zeros(count, dtype=torch.bool, device=device)
+        scores = torch.zeros(count, self.horizon, dtype=lm.dtype, device=device)
+        barred_scores = torch.zeros_like(scores)
+        cap = torch.full_like(keep, self.horizon) if until is None else until
+        live, at, place = torch.arange(count, device=device), keep, slots
+        state: State = None
+        logits = self._project(self._hidden[old, keep])
+        while len(live):
+            if barred is None:
+                tokens, chosen = source.tokens(logits)
+                over = self._ended(ids, live, at, tokens)
+            else:
+                tokens, barred_scores[live, at], chosen, stuck = _choose_among(logits, source, barred)
+                over = self._ended(ids, live, at, tokens) | stuck
+            scores[live, at] = chosen
+            at = at + 1
+            stop = over | (at == cap)
+            if bool(stop.any()):
+                gone, on = torch.nonzero(stop).squeeze(1), _compacting_index(stop)
+                ended = live[gone]
+                lengths[ended], finished[ended] = at[gone], over[gone]
+                self._shelve(state, gone, old[ended], slots[ended], at[gone] - 1, len(on))
+                if len(on) == 0:
+                    break
+                live, at, tokens, cap, place = live[on], at[on], tokens[on], cap[on], place[on]
+                if state is not None:
+                    state = self.decoder.select(state, on)
+            if state is None:
+                step, state = self._resume(old[live], rows[live], ids[live], at)
+            else:
+                step, state = self.decoder.extend(state, tokens[:, None])
+            hidden = step.hidden[:, -1]
+            self._hidden[place, at] = hidden
+            logits = self._project(hidden)
+        if self.store is not None:
+            self.store.flush()
+        written = (columns >= keep[:, None]) & (columns < lengths[:, None])
+        if not bool(torch.isfinite(scores[written]).all()) and barred is None:
+            raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
+        self._log_probs[slots] = torch.where(written, scores.double(), self._log_probs[slots])
+        log_q = (scores if barred is None else barred_scores).double()
+        return Regenerated(ids, lengths, finished, log_q, Pending(rows, slots, lengths))
+
     def _within(self, values: Tensor, lengths: Tensor) -> Tensor:
         return torch.where(torch.arange(self.horizon, device=values.device) < lengths[:, None], values, 0.0)
 
@@ -290,39 +325,26 @@ class Shelf:
             later = torch.arange(self.horizon, device=slots.device) > keep[:, None]
             self._entropy[slots] = self._entropy[source].masked_fill(later, torch.nan)
 
-    def _choose(self, logits: Tensor, source: Source, barred: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (L,), their log-probability with and without the bar, and where the bar leaves nothing."""
-        stuck = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        if barred is None:
-            tokens, log_prob = source.tokens(logits)
-            if not bool(torch.isfinite(log_prob).all()):
-                raise ModelError(f"{self.lm!r} gave next-token scores that are nan or +inf: its weights are broken")
-            return tokens, log_prob.double(), log_prob.double(), stuck
-        allowed = logits.masked_fill(barred, -torch.inf)
-        stuck = (allowed == -torch.inf).all(-1)
-        allowed = torch.where(stuck[:, None], 0.0, allowed)
-        tokens, log_law = source.tokens(allowed)
-        log_prob = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-        return tokens, log_law.double(), log_prob.double(), stuck
-
     def _ended(self, ids: Tensor, live: Tensor, at: Tensor, tokens: Tensor) -> Tensor:
-        """(L,) whether rows that now have `at` tokens ended with the last one."""
+        """(L,) whether rows that had `at` tokens end with the next one, which is written into `ids`."""
+        ids[live, at] = tokens
         if self.lm.ends_by_eos_alone:
             return self.lm._is_eos(tokens)
         over = torch.zeros(len(live), dtype=torch.bool, device=live.device)
-        for length in at.unique().tolist():
-            same = at == length
-            over[same] = self.lm.ended(ids[live[same], :length], int(length) - 1)
+        for before in at.unique().tolist():
+            same = at == before
+            over[same] = self.lm.ended(ids[live[same], : before + 1], int(before))
         return over
 
-    def _shelve(self, state: State, rows: Tensor, old: Tensor, slots: Tensor, lengths: Tensor) -> None:
-        """Put rows of a state away; without a state they are their old prefixes."""
+    def _shelve(self, state: State, rows: Tensor, old: Tensor, slots: Tensor, lengths: Tensor, rest: int) -> None:
+        """Put rows of a state away, of which `rest` rows go on; without a state they are their old prefixes."""
         if self.store is None:
             return
         if state is None:
             self.store.copy(old, slots)
         else:
-            self.store.put(state, rows, slots, lengths)
+            # Rows that stood after all others stay where they are, and can be put away with the last ones.
+            self.store.put(state, rows, slots, lengths, later=bool((rows >= rest).all()))
 
     def _resume(self, slots: Tensor, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Step, State]:
         """Rows of `lengths` (L,) ≥ 1 tokens, the last of which is new."""
@@ -366,6 +388,15 @@ class Shelf:
             later = torch.zeros_like(log_prob).scatter_(1, following, scored)
             log_prob = torch.where(new, later, log_prob)
         return state, ((hidden, new), log_prob, mask)
+
+
+def _choose_among(logits: Tensor, source: Source, barred: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens (L,) that are not `barred` (V,), their log-probability with and without the bar, and rows without any."""
+    allowed = logits.masked_fill(barred, -torch.inf)
+    stuck = (allowed == -torch.inf).all(-1)
+    tokens, log_law = source.tokens(torch.where(stuck[:, None], 0.0, allowed))
+    log_prob = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    return tokens, log_law, log_prob, stuck
 
 
 def _compacting_index(over: Tensor) -> Tensor:

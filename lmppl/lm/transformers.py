@@ -100,13 +100,28 @@ class ShelvedRows:
     def __init__(self, lm: TransformersLM, num_slots: int) -> None:
         from lmppl.lm.caches import CacheShelf
 
-        self.context_counts = lm.context_counts
+        self.context_counts, self.horizon = lm.context_counts, lm.max_new_tokens
         self.cache = CacheShelf(num_slots, int(lm.context_counts.max()) + lm.max_new_tokens)
+        self._waiting: list[tuple[Tensor, ...]] = []  # rows, pads, slots, totals, of the cache beside
+        self._source: Any = None
 
-    def put(self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor) -> None:
+    def put(
+        self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False
+    ) -> None:
         """As `RowStore.put`."""
         pads, totals = state.rows.pads[rows], state.context_lengths[rows] + lengths
-        self.cache.put(state.rows.cache, rows, pads, slots, int(totals.max()))
+        if later:
+            self._waiting.append((rows, pads, slots, totals))
+            self._source = state.rows.cache
+        else:
+            self.cache.put(state.rows.cache, rows, pads, slots, int(totals.max()))
+
+    def flush(self) -> None:
+        """As `RowStore.flush`."""
+        if self._waiting:
+            rows, pads, slots, totals = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+            self.cache.put(self._source, rows, pads, slots, int(totals.max()))
+            self._waiting, self._source = [], None
 
     def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> DecoderState:
         """As `RowStore.take`."""
@@ -114,7 +129,8 @@ class ShelvedRows:
         totals = counts + lengths
         width = int(totals.max())
         pads = width - totals
-        cache = self.cache.take(slots, totals, width)
+        # The shortest row may go on to the cap, and takes the others' columns with it.
+        cache = self.cache.take(slots, totals, width, self.horizon - int(lengths.min()))
         return DecoderState(RowState(cache, None, pads, width, bool((pads > 0).any())), counts)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
