@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lmppl.errors import ModelError
@@ -160,6 +159,8 @@ def sandwich(
 
 def _mean(values: list[Tensor], kind: str, note: str, level: float) -> Estimate:
     """(C,) means of independent figures, with t intervals; nan where there is one only, or some are −inf."""
+    from scipy import stats  # imports much, and changes warning filters
+
     means = torch.stack([v.mean() for v in values])
     errors, intervals = [], []
     for v, mean in zip(values, means, strict=True):

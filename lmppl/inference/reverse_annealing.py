@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lmppl.errors import ModelError
@@ -201,6 +200,8 @@ def _mean_log(values: Sequence[Tensor], kind: EstimateKind, note: str, level: fl
         count, mean = len(v), v.mean()
         known = count > 1 and math.isfinite(float(mean))
         error = v.std() / math.sqrt(count) if known else v.new_tensor(math.nan)
+        from scipy import stats  # imports much, and changes warning filters
+
         half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * error if known else error
         means.append(mean)
         errors.append(error)
