@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import safetensors
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, StorageError
 from lmppl.inference.engine import Engine, Part, Shard
+from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, Sequences
 from lmppl.storage import atomic_write, pack, unpack, versions
@@ -137,7 +139,8 @@ class Checkpoint:
 def engine_identity(engine: Any) -> Any:
     """An engine (or another configuration) as plain data: equal exactly where it would compute the same.
 
-    Fields that are language models or twists count by their `fingerprint`, tensors and draws by their content.
+    Fields that are language models or twists count by their `fingerprint`, tensors, draws and functions by their
+    content (see `lmppl.modeling.function_contents`).
 
     Raises
     ------
@@ -164,6 +167,8 @@ def engine_identity(engine: Any) -> Any:
     if dataclasses.is_dataclass(engine) and not isinstance(engine, type) and not hasattr(engine, "draws"):
         fields = {f.name: engine_identity(getattr(engine, f.name)) for f in dataclasses.fields(engine) if f.init}
         return {"type": f"{type(engine).__module__}.{type(engine).__qualname__}", **fields}
+    if isinstance(engine, FunctionType | MethodType):
+        return f"function {content_digest(engine)}"
     raise ModelError(
         f"checkpoint: {type(engine).__name__} has no fingerprint, so that a run with it cannot be recognised again; "
         "give it a `fingerprint` (a string that changes with its content), or run without a checkpoint"

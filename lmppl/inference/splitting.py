@@ -139,6 +139,12 @@ class Splitting(Engine):
             )
         return super().unsupported_reason(form)
 
+    def __str__(self) -> str:
+        if self.score is None or isinstance(self.score, str):
+            return super().__str__()
+        named = self.score.name if isinstance(self.score, Feature) else getattr(self.score, "__name__", "score")
+        return replace(self, score=named).__str__()
+
     @property
     def moves(self) -> tuple[Kernel, ...]:
         """The kernels of one round, in their order."""

@@ -363,6 +363,16 @@ def test_a_budget_adds_sweeps() -> None:
         infer(MODEL, TemperedSMC(16), budget=Budget(lm_tokens=1))
 
 
+@pytest.mark.parametrize("engine", [AIS(16, 3), TemperedSMC(16)], ids=["ais", "tempered"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_draws(engine, tmp_path) -> None:
+    whole = infer(MODEL, engine, 64)
+    first = infer(MODEL, engine, 64, budget=Budget(lm_tokens=whole.cost.lm_tokens // 2), checkpoint=tmp_path)
+    again = infer(MODEL, engine, 64, checkpoint=tmp_path)
+    assert (first.status, again.status) == ("interrupted", "complete")
+    assert again.draws.keys() == whole.draws.keys()
+    assert torch.equal(again.draws.log_weight, whole.draws.log_weight)
+
+
 def test_annealing_beats_importance_from_the_prior_at_a_steep_reward() -> None:
     steep = enumerable_lm("tabular") * Reward(count_of("c"), beta=0.12, name="c")
     exact = torch.stack([brute_force(steep, c).log_z for c in (0, 1)])[:, None]

@@ -277,6 +277,15 @@ def test_a_budget_ends_the_run() -> None:
     assert "shortfall" not in result.info
 
 
+def test_a_run_that_was_stopped_goes_on_to_the_same_draws(tmp_path) -> None:
+    model, engine = model_of("tabular", HARD), QuasiRejection(acceptance=0.3, batch=32)
+    whole = infer(model, engine, 60)
+    first = infer(model, engine, 60, budget=Budget(lm_tokens=whole.cost.lm_tokens - 100), checkpoint=tmp_path)
+    again = infer(model, engine, 60, checkpoint=tmp_path)
+    assert (first.status, again.status) == ("interrupted", "complete")
+    assert again.draws.keys() == whole.draws.keys()
+
+
 def test_a_curve_before_sampling_predicts_the_run() -> None:
     model = model_of("llama", HARD)
     curves = QuasiRejection().curve(model, 3000, seed=4)

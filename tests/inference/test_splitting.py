@@ -233,4 +233,16 @@ def test_a_score_that_leads_nowhere_says_how_far_it_went() -> None:
 
 def test_the_engine_is_plain_configuration() -> None:
     assert str(Splitting(64, score="a")) == "splitting(num_particles=64, score='a')"
+    assert str(Splitting(64, score=letters)) == "splitting(num_particles=64, score='letters')"
     assert "brehier2016" in Splitting.references
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_draws(tmp_path) -> None:
+    model = enumerable_lm("tabular") * Reward(count_of("a"), beta=0.4, name="a")
+    engine = Splitting(16, score=letters)
+    whole = infer(model, engine, 64)
+    first = infer(model, engine, 64, budget=Budget(lm_tokens=whole.cost.lm_tokens // 2), checkpoint=tmp_path)
+    again = infer(model, engine, 64, checkpoint=tmp_path)
+    assert (first.status, again.status) == ("interrupted", "complete")
+    assert again.draws.keys() == whole.draws.keys()
+    assert torch.equal(again.draws.log_weight, whole.draws.log_weight)
