@@ -251,12 +251,12 @@ class AIS(_Annealed, Engine):
     neal2001
     """
 
-    num_particles: int = 128
+    num_particles: int = 512
     num_temperatures: int = 8
     ladder: tuple[float, ...] | None = field(default=None, kw_only=True)
     kernel: Kernel | tuple[Kernel, ...] = field(default=Mixture(), repr=False, kw_only=True)
     num_moves: int = field(default=1, kw_only=True)
-    num_sweeps: int = field(default=8, kw_only=True)
+    num_sweeps: int = field(default=2, kw_only=True)
 
     name: ClassVar[str] = "ais"
     guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT

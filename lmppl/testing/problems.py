@@ -189,7 +189,7 @@ def _long_horizon() -> ReferencePosterior:
     log_z = torch.tensor([math.log(total)], dtype=torch.float64)
     exact = {name: torch.tensor([value / total], dtype=torch.float64) for name, value in sums.items()}
     about = f"T = {LONG_CAP}, an automaton: no text with 'aa'"
-    return ReferencePosterior("long_horizon", about, "1", model, log_z, None, exact)
+    return ReferencePosterior("long_horizon", about, "1", model, log_z, None, exact, num_proposals=1000)
 
 
 BUILDERS: tuple[Callable[[], ReferencePosterior], ...] = (
