@@ -17,7 +17,9 @@ from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.mcmc import MCMC
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.smc import SMC
 from lmppl.lm import LM
 from lmppl.modeling import Constraint, Model, Reward
 from lmppl.sequences import Draws
@@ -31,7 +33,8 @@ EVIDENCE = "sentiment: words of praise and of blame, from -1 to 1; is_impersonal
 PROGRAM = """\
 prior = lmppl.LM("tiny", context="The film was", max_new_tokens=24)
 model = prior * lmppl.Reward(sentiment, beta=0.5, upper=1) * lmppl.Constraint(is_impersonal)
-engines = [lmppl.Rejection(), lmppl.Importance(), lmppl.BestOfN(8), lmppl.Exact()]
+engines = [lmppl.Rejection(), lmppl.Importance(), lmppl.SMC(), lmppl.MCMC(warmup=20),
+           lmppl.BestOfN(8), lmppl.Exact()]
 lmppl.compare(model, engines, num_draws={num_draws}, seed={seed})"""
 
 
@@ -55,7 +58,7 @@ def run_demo(seed: int, progress: bool | None) -> bool:
     console.print()
     console.print(Text(model.formula, style="bold"))
     console.print(Text(EVIDENCE, style="dim"))
-    engines: Sequence[Engine] = [Rejection(), Importance(), BestOfN(n=8), Exact()]
+    engines: Sequence[Engine] = [Rejection(), Importance(), SMC(), MCMC(warmup=20), BestOfN(n=8), Exact()]
     result = compare(model, engines, num_draws=NUM_DRAWS, seed=seed, progress=progress)
     console.print()
     if result.approximations.get("rejection"):
@@ -90,26 +93,33 @@ def _lines(draws: Draws) -> list[Text]:
 
 def summary(result: Comparison) -> str:
     """One sentence about what the comparison shows, from its figures."""
-    prior, exact, weighted, best = (result[name] for name in ("prior", "rejection", "importance", "best_of_n(n=8)"))
+    prior, exact, best = (result[name] for name in ("prior", "rejection", "best_of_n(n=8)"))
+    gaps = {name: _gap(exact["log_z"], result[name]["log_z"]) for name in ("importance", "smc", "mcmc(warmup=20)")}
+    furthest = max(gaps, key=lambda name: gaps[name])
     mean, holds = "mean:sentiment", "satisfied:is_impersonal"
     before, after, kept = prior[mean].value or 0.0, exact[mean].value or 0.0, prior[holds].value or 0.0
     own = abs((best[mean].value or 0.0) - after) > 3 * math.hypot(best[mean].error or 0.0, exact[mean].error or 0.0)
     where = "goes elsewhere" if own else "comes near"
     return (
         f"Seen: the evidence moved the mean sentiment from {before:+.2f} to {after:+.2f} and the share of impersonal "
-        f"texts from {kept:.0%} to 100%; rejection and importance"
-        f" {_agreement(exact['log_z'], weighted['log_z'])}; best-of-8, a heuristic, {where}, to "
+        f"texts from {kept:.0%} to 100%; rejection, importance, SMC and MCMC"
+        f" {_agreement(exact['log_z'], result[furthest]['log_z'])}; best-of-8, a heuristic, {where}, to "
         f"{best[mean].value or 0.0:+.2f}."
     )
 
 
-def _agreement(one: Figure, other: Figure) -> str:
+def _gap(one: Figure, other: Figure) -> float:
     """How far two estimates of log Z are apart, in standard errors of their difference."""
     gap = abs((one.value or 0.0) - (other.value or 0.0))
     noise = math.hypot(one.error or 0.0, other.error or 0.0)
-    if gap <= 2 * noise:
-        return f"agree on log Z within {gap / noise if noise else 0.0:.1f} standard errors"
-    distance = gap / noise if noise else math.inf
+    return gap / noise if noise else math.inf if gap else 0.0
+
+
+def _agreement(one: Figure, other: Figure) -> str:
+    """Whether two estimates of log Z agree, and how often they would differ so by chance."""
+    distance = _gap(one, other)
+    if distance <= 2:
+        return f"agree on log Z within {distance:.1f} standard errors"
     chance = math.erfc(distance / math.sqrt(2))
     often = f" (by chance once in {1 / chance:,.0f} runs)" if chance > 1e-6 else ""
     return f"differ on log Z by {distance:.1f} standard errors{often}"

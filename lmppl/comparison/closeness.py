@@ -231,7 +231,9 @@ def _effective(law: Law, context: int) -> dict[str, Figure]:
     if law.kind == "weighted":
         k_hat = law.approximation.info.get("khat")
         value = math.nan if k_hat is None else float(k_hat[context])
-        shown = missing("chains have no weights" if k_hat is None else "undefined for these weights")
+        notes = law.approximation.info.get("khat_note")
+        why = "chains have no weights" if k_hat is None else "undefined for these weights"
+        shown = missing(notes[context] if notes and notes[context] else why)
         if not math.isnan(value):
             shown = Figure(value, note=HEAVY if value > KHAT_LIMIT else "")
         return {"ess": _effective_draws(law, context), "k_hat": shown}

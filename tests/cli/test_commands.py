@@ -95,7 +95,9 @@ def test_check_says_what_is_declared_and_what_can_run(spec: str) -> None:
 def test_check_as_json(spec: str) -> None:
     result = call("check", spec, "--json", "--draws", "2")
     data = json.loads(result.stdout)
-    assert [engine["runs"] for engine in data["engines"]] == [True, False, True, True]
+    runs = {engine["name"]: engine["runs"] for engine in data["engines"]}
+    assert list(runs) == [kind.name for kind in lmppl.ENGINES]
+    assert (runs["exact"], runs["rejection"], runs["smc"], runs["weighted_decoding"]) == (True, False, True, False)
     assert [len(data["tried"]), data["mermaid"].startswith("flowchart")] == [4, True]
     assert data["factors"][1]["hard"] is True
     assert "a reward that prints" in result.stderr
@@ -359,6 +361,7 @@ def test_the_demonstration_shows_its_engines_and_no_error(monkeypatch: pytest.Mo
     monkeypatch.setattr("lmppl.cli.demo.compare", kept)
     assert call("demo", "--no-progress").exit_code == 0
     (table,) = seen
-    assert [row.label for row in table.rows if row.figures] == ["prior", "rejection", "importance", "best_of_n(n=8)"]
+    ran = [row.label for row in table.rows if row.figures]
+    assert ran == ["prior", "rejection", "importance", "smc", "mcmc(warmup=20)", "best_of_n(n=8)"]
     assert "exact enumeration" in table["exact"].reason
     assert table["rejection"]["mean:sentiment"].value > table["prior"]["mean:sentiment"].value + 0.4
