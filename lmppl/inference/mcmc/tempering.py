@@ -102,7 +102,7 @@ class Tempered(MCMC):
 
     References
     ----------
-    swendsen1986, geyer1991
+    swendsen1986, geyer1991, hastings1970, vehtari2021
     """
 
     num_chains: int = 32
@@ -111,7 +111,7 @@ class Tempered(MCMC):
     swap_every: int = field(default=1, kw_only=True)
 
     name: ClassVar[str] = "tempered"
-    references: ClassVar[tuple[str, ...]] = ("swendsen1986", "geyer1991", *MCMC.references)
+    references: ClassVar[tuple[str, ...]] = ("swendsen1986", "geyer1991", "hastings1970", "vehtari2021")
 
     def unsupported_reason(self, form: TargetForm) -> str | None:
         """As `Engine.unsupported_reason`: factors must be exact."""
