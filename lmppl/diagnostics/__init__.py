@@ -22,6 +22,12 @@ from lmppl.diagnostics.divergences import (
 )
 from lmppl.diagnostics.intervals import binomial_upper, clopper_pearson, empirical_bernstein
 from lmppl.diagnostics.normalizers import log_acceptance, log_mean_weight, log_mean_weight_bounded, stack
+from lmppl.diagnostics.quasi_rejection import (
+    QuasiRejectionCurve,
+    log_bound_of_acceptance,
+    log_quasi_acceptance,
+    quasi_rejection_curve,
+)
 from lmppl.diagnostics.weights import (
     TailShape,
     effective_sample_size,
@@ -35,6 +41,7 @@ from lmppl.diagnostics.weights import (
 
 __all__ = [
     "ChainFigure",
+    "QuasiRejectionCurve",
     "TailShape",
     "autocorrelation_time",
     "binomial_upper",
@@ -49,8 +56,10 @@ __all__ = [
     "holm",
     "kl_divergence",
     "log_acceptance",
+    "log_bound_of_acceptance",
     "log_mean_weight",
     "log_mean_weight_bounded",
+    "log_quasi_acceptance",
     "max_weight_share",
     "mcse",
     "nested_rhat",
@@ -58,6 +67,7 @@ __all__ = [
     "normalised_log_weights",
     "pareto_khat",
     "pareto_smooth",
+    "quasi_rejection_curve",
     "rank_calibration",
     "rhat",
     "self_normalised_kl",

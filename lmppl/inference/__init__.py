@@ -23,7 +23,7 @@ from lmppl.inference.mcmc import (
 )
 from lmppl.inference.pplm import PPLM
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
-from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionCurve, quasi_rejection_curve
+from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
@@ -66,7 +66,6 @@ __all__ = [
     "PrefixScore",
     "ProductTwist",
     "QuasiRejection",
-    "QuasiRejectionCurve",
     "Rejection",
     "Request",
     "Restart",
@@ -88,7 +87,6 @@ __all__ = [
     "learn_twist",
     "parse_engine",
     "particle_gibbs_step",
-    "quasi_rejection_curve",
     "resolve_engine",
     "reverse_ais",
     "sandwich",
