@@ -37,11 +37,12 @@ BLOM = 3 / 8  # offset of the normal scores [vehtari2021]
 
 
 class ChainFigure(NamedTuple):
-    """A figure about chains; never nan.
+    """A figure about chains.
 
     Parameters
     ----------
     value : float
+        Never nan where it was computed; nan, with a note, is for whoever has too few chains or steps to ask for it.
     note : str
         Begins with "constant:" where no value differs from any other, with "stuck:" where some chain never moves (it
         names them); empty where there is nothing to say.

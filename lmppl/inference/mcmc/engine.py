@@ -205,7 +205,8 @@ class MCMC(Engine):
                 len(chains), self.num_chains, draws.prompts[c], ", ".join(map(str, chains[:8])),
             )  # fmt: skip
         normalizers = _normalizers(parts, draws.num_contexts)
-        if normalizers and isinstance(self.kernel, Restart) and math.isfinite(float(parts[0].info["log_upper"])):
+        bounded = math.isfinite(float(parts[0].info["log_upper"]))
+        if normalizers and isinstance(self.kernel, Restart) and bounded and self._replicas == 1:
             info["certificate"] = _certificate(parts, normalizers[-1])
         return Chains(draws, normalizers, self.guarantee, info)
 
@@ -242,11 +243,16 @@ class MCMC(Engine):
 
 def _prior_evidence(kernel: Kernel, info: StepInfo) -> list[Tensor]:
     """log φ (B,) of independent draws of the prior, where the step proposed such."""
-    kernels = kernel.kernels if isinstance(kernel, Mixture) else (kernel,)
-    restarts = [k for k in kernels if isinstance(k, Restart)]
-    if info.kernel != Restart.name or any(k.proposal is not None for k in restarts):
+    if info.kernel != Restart.name or any(k.proposal is not None for k in _restarts(kernel)):
         return []
     return [info.log_phi]
+
+
+def _restarts(kernel: Kernel) -> list[Restart]:
+    """Every restart among the kernels that a mixture, or a mixture of mixtures, may step with."""
+    if isinstance(kernel, Mixture):
+        return [restart for part in kernel.kernels for restart in _restarts(part)]
+    return [kernel] if isinstance(kernel, Restart) else []
 
 
 def _normalizers(parts: Sequence[Part], num_contexts: int) -> tuple[Estimate, ...]:

@@ -49,13 +49,13 @@ class Tally:
     def add(self, info: StepInfo) -> None:
         """Count one step."""
         if info.kernel not in self.counts:
-            self.counts[info.kernel] = torch.zeros(2, self.num_contexts, self.horizon + 1)
+            self.counts[info.kernel] = torch.zeros(2, self.num_contexts, self.horizon + 1, dtype=torch.float64)
         counts = self.counts[info.kernel]
         proposed = info.position >= 0
         where = self.context[proposed], info.position[proposed]
-        ones = torch.ones(len(where[0]))
+        ones = torch.ones(len(where[0]), dtype=torch.float64)
         counts[0].index_put_(where, ones, accumulate=True)
-        counts[1].index_put_(where, info.accepted[proposed].float(), accumulate=True)
+        counts[1].index_put_(where, info.accepted[proposed].double(), accumulate=True)
 
     @staticmethod
     def rates(parts: list[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -98,7 +98,8 @@ class Tempered(MCMC):
 
     Notes
     -----
-    `info` as in `MCMC`, of the rows at λ = 1; `ladder` and `swap_rates`, between neighbours, after warm-up.
+    `info` as in `MCMC`, of the rows at λ = 1; `ladder` and `swap_rates`, between neighbours, after warm-up. No
+    `certificate`: its bound is that of a chain that swaps with no other.
 
     References
     ----------

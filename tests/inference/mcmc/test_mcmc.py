@@ -120,6 +120,12 @@ def test_log_z_comes_with_the_restarts(shape):
     assert infer(model, MCMC(**FEW, kernel=SuffixResample()), progress=False).log_normalizer == ()
 
 
+def test_proposals_of_another_law_give_no_log_z_however_deep_they_stand():
+    other = Mixture((Mixture((Restart(proposal=enumerable_lm("tabular", seed=3)),)), SuffixResample()))
+    run = infer(enumerable_lm("tabular") * Reward(wavy, beta=0.5), MCMC(**FEW, kernel=other), progress=False)
+    assert run.log_normalizer == ()
+
+
 def test_the_certificate_bounds_the_distance():
     lm = tiny_lm("tabular")
     model = lm * Reward(wavy, beta=1.0, upper=1.0)

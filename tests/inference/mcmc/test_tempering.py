@@ -8,14 +8,14 @@ import torch
 
 from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.engine import infer
-from lmppl.inference.mcmc import Restart, SuffixResample, Tempered
+from lmppl.inference.mcmc import MCMC, Restart, SuffixResample, Tempered
 from lmppl.inference.mcmc.tempering import adapted_ladder, log_swap_acceptance, swap
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
 from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
-from tests.models import brute_force, wavy
+from tests.models import brute_force, enumerable_lm, wavy
 
 POWERS = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 
@@ -118,6 +118,13 @@ def test_the_engine_shows_its_swaps_and_freezes_its_ladder():
     assert len(run.draws) == 2 * 8 * 40
     fixed = infer(model, Tempered(8, num_steps=4, warmup=20, ladder=(0.0, 0.3, 1.0)), progress=False)
     assert fixed.info["ladder"] == (0.0, 0.3, 1.0)
+
+
+def test_there_is_no_certificate_for_chains_that_swap():
+    model = enumerable_lm("tabular") * Reward(wavy, beta=0.5, upper=1.0, name="wavy")
+    few = {"num_chains": 4, "num_steps": 4, "warmup": 2, "kernel": Restart()}
+    assert "certificate" in infer(model, MCMC(**few), progress=False).info
+    assert "certificate" not in infer(model, Tempered(**few), progress=False).info
 
 
 def test_wrong_ladders_and_estimated_factors_are_refused():
