@@ -24,6 +24,7 @@ __all__ = [
     "log_mean_sweeps",
     "log_mean_weight",
     "log_mean_weight_bounded",
+    "mean_of_logs",
     "normal_quantile",
     "stack",
 ]
@@ -100,6 +101,39 @@ def log_mean_sweeps(log_z: Tensor, level: float = 0.95) -> Estimate:
     interval = torch.stack([estimate.value - half, estimate.value + half])
     note = f"delta method over {len(log_z)} independent sweeps, Student's t: sees no mass that every sweep missed"
     return replace(estimate, interval=interval, note=note)
+
+
+def mean_of_logs(log_z: Sequence[Tensor], kind: EstimateKind, note: str = "", level: float = 0.95) -> Estimate:
+    """(C,) means of log Ẑ over independent runs, with Student's t intervals for E log Ẑ, which bounds log Z.
+
+    From below where E Ẑ = Z, from above where each run retains an exact draw. nan where a context has one run only, or
+    a run with Ẑ = 0, whose log is −inf and bounds nothing, as the note then says.
+
+    Parameters
+    ----------
+    log_z : sequence of Tensor (S_c,)
+        log Ẑ of the runs of each context, in nats.
+    kind : {"lower_bound", "upper_bound"}
+    note : str
+        What the runs are.
+    level : float
+        Nominal coverage.
+    """
+    from scipy import stats  # imports much, and changes warning filters
+
+    means = torch.stack([v.mean() for v in log_z])
+    errors, intervals = [], []
+    for v, mean in zip(log_z, means, strict=True):
+        count = len(v)
+        known = count > 1 and math.isfinite(float(mean))
+        error = v.std() / math.sqrt(count) if known else v.new_tensor(math.nan)
+        half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * error if known else error
+        errors.append(error)
+        intervals.append(torch.stack([mean - half, mean + half]))
+    if bool((means == -math.inf).any()):
+        note += "; some sweep has Ẑ = 0, so that its log is −inf and bounds nothing: use more particles"
+    replicates = min(len(v) for v in log_z)
+    return Estimate(means, torch.stack(intervals), level, kind, torch.stack(errors), replicates, note)
 
 
 def log_mean_weight_bounded(log_weights: Tensor, log_bound: float, level: float = 0.95) -> Estimate:

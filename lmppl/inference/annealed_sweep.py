@@ -16,7 +16,7 @@ from torch import Tensor
 from lmppl.errors import ModelError
 from lmppl.inference.mcmc.chains import ChainState, Kernel
 from lmppl.inference.proposals import check_bounds, draw_from
-from lmppl.inference.resampling import effective_sizes, resample, resample_conditionally
+from lmppl.inference.resampling import effective_sizes, resample, resample_conditionally, resample_to
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, concatenate
@@ -199,8 +199,7 @@ class AnnealedSweep:
             self._reweight(level - ladder[-1])
             ladder.append(level)
             if level < 1.0:
-                waste_free = self.schedule.chain_length > 1
-                if waste_free:
+                if self.schedule.chain_length > 1:
                     self._resample_into_chains(level)
                 else:
                     self._resample()
@@ -325,7 +324,7 @@ class AnnealedSweep:
         accepted, proposed = torch.zeros(2, self.groups, dtype=torch.float64)
         if bool(chosen.any()):
             few = self.count // length
-            ancestors = _systematic_few(self.log_w[chosen], few, self.source)
+            ancestors = resample_to(self.log_w[chosen], few, self.source)
             self._collect(chosen)
             groups = torch.nonzero(chosen).squeeze(1)
             rows = (ancestors + self.first[groups][:, None]).view(-1)
@@ -368,16 +367,6 @@ def _bare(target: Target, draws: Draws) -> Draws:
         draws = target.evaluate(draws)
     assert draws.log_prior is not None
     return draws.with_columns(log_weight=None, log_q=None, log_prior=draws.log_prior.double(), columns={}, meta={})
-
-
-def _systematic_few(log_weights: Tensor, few: int, source: Source) -> Tensor:
-    """(G, few) ancestors from weights (G, N) by systematic resampling: few·W̄_i offspring on average."""
-    edges = torch.softmax(log_weights, -1).cumsum(-1)
-    edges = edges / edges[:, -1:]
-    uniforms = source.uniforms(len(edges), lambda: [(row * few).frac() for row in edges])
-    points = (torch.arange(few, dtype=torch.float64) + uniforms[:, None]) / few
-    index = torch.searchsorted(edges, points, right=True)
-    return torch.minimum(index, (edges < 1.0).sum(-1, keepdim=True))
 
 
 def _stacked(values: list[Tensor], groups: int) -> Tensor:

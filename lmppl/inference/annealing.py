@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.diagnostics.normalizers import log_mean_sweeps, log_mean_weight, stack
-from lmppl.diagnostics.weights import KHAT_LIMIT, effective_sample_size, pareto_smooth
+from lmppl.diagnostics.weights import KHAT_LIMIT, effective_sample_size, pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealingSchedule
 from lmppl.inference.approximation import LEVEL, Particles
@@ -135,7 +135,7 @@ class _Annealed:
         draws = draws.select(torch.argsort(draws.context, stable=True))
         assert draws.log_weight is not None
         weights = [draws.log_weight[draws.context == c] for c in range(len(log_z))]
-        shapes = [pareto_smooth(w)[1] for w in weights]
+        shapes = [pareto_khat(w) for w in weights]
         ladders = tuple(p.info["ladder"] for p in sweeps)
         info: dict[str, Any] = {
             "log_z_sweeps": log_z,

@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.engine import Shard, infer, shard_generator
@@ -23,7 +23,7 @@ from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, Estimate
 
-__all__ = ["Sandwich", "conditional_smc", "particle_gibbs_step", "sandwich"]
+__all__ = ["Sandwich", "conditional_smc", "particle_gibbs_step", "retained_rows", "sandwich"]
 
 UPPER_STREAM = -1  # the id of the seed of the conditional sweeps, which no shard has
 
@@ -58,7 +58,7 @@ def conditional_smc(target: Target, smc: SMC, rows: Draws, source: Source) -> Sw
     andrieu2010, chopin2015
     """
     smc.check(target)
-    rows = _checked(target, rows)
+    rows = retained_rows(target, rows, "conditional SMC")
     slots = source.integers(torch.full((len(rows),), smc.num_particles))
     return smc.sweep(target, rows.context, source, retained=Retained(rows.ids, rows.lengths, slots))
 
@@ -151,47 +151,35 @@ def sandwich(
     if empty:
         raise ModelError(f"sandwich: got no exact draw for context {model.prior.prompts[empty[0]]!r}")
     what = f"mean of log Ẑ over {{}} {{}}, N = {engine.num_particles}, Student's t"
+    fewest = min(map(len, high))
     return Sandwich(
-        _mean(low, "lower_bound", what.format(sweeps, "independent sweeps"), level),
-        _mean(high, "upper_bound", what.format(min(map(len, high)), "conditional sweeps, one an exact draw"), level),
+        mean_of_logs(low, "lower_bound", what.format(sweeps, "independent sweeps"), level),
+        mean_of_logs(high, "upper_bound", what.format(fewest, "conditional sweeps, one an exact draw"), level),
     )
 
 
-def _mean(values: list[Tensor], kind: str, note: str, level: float) -> Estimate:
-    """(C,) means of independent figures, with t intervals; nan where there is one only, or some are −inf."""
-    from scipy import stats  # imports much, and changes warning filters
+def retained_rows(target: Target, rows: Draws, who: str) -> Draws:
+    """The rows that a conditional run keeps, with log π0, features and log-factors, all outcomes with γ > 0.
 
-    means = torch.stack([v.mean() for v in values])
-    errors, intervals = [], []
-    for v, mean in zip(values, means, strict=True):
-        count = len(v)
-        known = count > 1 and math.isfinite(float(mean))
-        error = v.std() / math.sqrt(count) if known else torch.tensor(math.nan, dtype=torch.float64)
-        half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * error if known else error
-        errors.append(error)
-        intervals.append(torch.stack([mean - half, mean + half]))
-    if bool((means == -math.inf).any()):
-        note += "; some sweep has Ẑ = 0, so that its log is −inf and bounds nothing: use more particles"
-    replicates = min(len(v) for v in values)
-    return Estimate(means, torch.stack(intervals), level, kind, torch.stack(errors), replicates, note)  # type: ignore[arg-type]
-
-
-def _checked(target: Target, rows: Draws) -> Draws:
-    """The rows with log π0 and log-factors, all with γ > 0."""
+    Raises
+    ------
+    ModelError
+        For another row, by the name `who` of the run.
+    """
     rows = rows.to("cpu")
     whole = target.prior.is_outcome(rows)
     if not bool(whole.all()):
         bad = int(torch.nonzero(~whole)[0, 0])
-        raise ModelError(f"conditional SMC: row {bad}, {rows.text[bad]!r}, is no outcome of the prior")
+        raise ModelError(f"{who}: row {bad}, {rows.text[bad]!r}, is no outcome of the prior")
     if rows.log_prior is None:
         rows = rows.with_columns(log_prior=target.log_prior(rows))
+    rows = target.evaluate(rows)
     assert rows.log_prior is not None
-    log_gamma = rows.log_prior.double() + log_evidence(target.evaluate(rows))
+    log_gamma = rows.log_prior.double() + log_evidence(rows)
     dead = torch.nonzero(~(log_gamma > -math.inf))
     if len(dead):
         bad = int(dead[0, 0])
         raise ModelError(
-            f"conditional SMC: row {bad}, {rows.text[bad]!r}, has γ = 0, so that it cannot survive; expected a row "
-            "with γ > 0"
+            f"{who}: row {bad}, {rows.text[bad]!r}, has γ = 0, so that it cannot survive; expected a row with γ > 0"
         )
     return rows

@@ -16,7 +16,9 @@ from torch import Tensor
 from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
+from lmppl.inference.proposals import truncates
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.decoding import plan_rows
 from lmppl.lm.derived import DerivedLM, count_base
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
@@ -116,10 +118,7 @@ class GuidedLM(SteeredLM):
         self.strength, self.top_k = float(strength), top_k
         self.guides = tuple(form) if isinstance(form, list | tuple) else (form,)
         self.forms = tuple(_bound(guide, prior) for guide in self.guides)
-        declared = [getattr(prior, name, None) for name in ("top_k", "top_p")]
-        self.truncated = (
-            top_k is not None or bool(getattr(prior, "truncated", False)) or any(v is not None for v in declared)
-        )
+        self.truncated = top_k is not None or truncates(prior)
 
     def decoder(self) -> GuidedDecoder:
         """As `LanguageModel.decoder`."""
@@ -333,7 +332,7 @@ class DecodingEngine(Engine):
         """As `Engine.simulate`."""
         lm = self.language_model(target.model)
         context = torch.tensor(shard.contexts, dtype=torch.int64).repeat_interleave(shard.num_draws)
-        size = min(shard.batch_size, _rows_of(lm, len(context)))
+        size = min(shard.batch_size, plan_rows(lm, len(context)))
         parts = []
         for rows in context.split(size):
             parts.append(draw_steered(lm, rows, source, cost=target.cost))
@@ -356,9 +355,3 @@ class DecodingEngine(Engine):
         order = torch.argsort(draws.context, stable=True)
         info = {"violating_share": share, **parts[0].info}
         return GuidedSampler(draws.select(order), (), self.guarantee, info)
-
-
-def _rows_of(lm: LanguageModel, num_rows: int) -> int:
-    from lmppl.lm.decoding import plan_rows
-
-    return plan_rows(lm, num_rows)

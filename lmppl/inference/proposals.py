@@ -124,7 +124,9 @@ def check_outcomes(draws: Draws, prior: LanguageModel) -> None:
 
 def evaluate_inside(target: Target, draws: Draws) -> Draws:
     """`draws` with features and log-factors, nan off the support of π0: γ = 0 there, whatever the factors would say."""
-    inside = densities(draws)[0] > -math.inf
+    if draws.log_prior is None:
+        raise ModelError("draws without log_prior have no support to be evaluated on")
+    inside = draws.log_prior > -math.inf
     if bool(inside.all()):
         return target.evaluate(draws)
     part = target.evaluate(draws.select(inside))

@@ -20,7 +20,7 @@ from lmppl.diagnostics.quasi_rejection import (
     log_quasi_acceptance,
     quasi_rejection_curve,
 )
-from lmppl.diagnostics.weights import pareto_smooth
+from lmppl.diagnostics.weights import pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Sampler
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
@@ -257,12 +257,15 @@ class QuasiRejection(Engine):
             "accepted": accepted,
             "acceptance_rate": accepted / tried,
             "exceeding": torch.tensor([int((w > m).sum()) for w, m in zip(weights, log_bounds, strict=True)]),
-            "khat": torch.tensor([pareto_smooth(w)[1].value for w in weights], dtype=torch.float64),
+            "khat": torch.tensor([pareto_khat(w).value for w in weights], dtype=torch.float64),
             **_figures(weights, log_bounds),
         }
         if wanted is not None and not bool(stopped.all()):
             info["shortfall"] = self._shortfall(whole.prompts, tried, accepted, wanted)
         estimates = [stack([log_mean_weight(w, LEVEL) for w in weights])]
+        if bool((stopped & (accepted == 1)).any()):
+            note = f"{estimates[0].note}; biased where a run stops at its first acceptance: ask for two draws or more"
+            estimates[0] = replace(estimates[0], kind="consistent", note=note)
         lower = log_acceptance(accepted, tried, 0.0, stopped=stopped, level=LEVEL)
         if lower.kind == "unbiased_Z" and lower.interval is not None:
             estimates.append(

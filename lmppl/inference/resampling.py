@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmppl.lm.randomness import Source
 
-__all__ = ["RESAMPLING", "Scheme", "effective_sizes", "resample", "resample_conditionally"]
+__all__ = ["RESAMPLING", "Scheme", "effective_sizes", "resample", "resample_conditionally", "resample_to"]
 
 
 class Scheme(NamedTuple):
@@ -45,6 +45,11 @@ def resample(scheme: str, log_weights: Tensor, source: Source) -> Tensor:
     """
     ancestors = RESAMPLING[scheme].draw(_normalised(log_weights), source)
     return ancestors.to(log_weights.device)
+
+
+def resample_to(log_weights: Tensor, count: int, source: Source) -> Tensor:
+    """(G, count) int64 ancestors from `log_weights` (G, N) by systematic resampling: count·W̄_i offspring on average."""
+    return _systematic(_normalised(log_weights), source, count).to(log_weights.device)
 
 
 def resample_conditionally(scheme: str, log_weights: Tensor, retained: Tensor, source: Source) -> tuple[Tensor, Tensor]:
@@ -147,8 +152,8 @@ def _stratified_given(weights: Tensor, retained: Tensor, source: Source) -> tupl
     return ancestors, slots
 
 
-def _systematic(weights: Tensor, source: Source) -> Tensor:
-    groups, count = weights.shape
+def _systematic(weights: Tensor, source: Source, count: int | None = None) -> Tensor:
+    groups, count = weights.shape[0], weights.shape[1] if count is None else count
     edges, strata = _edges(weights), torch.arange(count, dtype=torch.float64)
     uniforms = source.uniforms(groups, lambda: [(row * count).frac() for row in edges])
     return _invert(edges, (strata + uniforms[:, None]) / count)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealedSweepResult, AnnealingSchedule, backward_path
 from lmppl.inference.annealing import AIS, TemperedSMC, check_ladder
 from lmppl.inference.approximation import LEVEL
-from lmppl.inference.conditional_smc import Sandwich
+from lmppl.inference.conditional_smc import Sandwich, retained_rows
 from lmppl.inference.engine import Request, Shard, infer, shard_generator
 from lmppl.lm.decoding import plan_rows
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
-from lmppl.sequences import Draws, Estimate, EstimateKind
+from lmppl.sequences import Draws, Estimate
 
 __all__ = ["conditional_annealing", "reverse_ais", "sandwich_annealing"]
 
@@ -57,13 +57,15 @@ def conditional_annealing(
     Raises
     ------
     ModelError
-        Where the engine has no fixed ladder and none is given, is waste-free, or a row has γ = 0.
+        Where the engine has no fixed ladder and none is given, is waste-free, or a row has γ = 0 or is no outcome of
+        the prior.
 
     References
     ----------
     neal2001, grosse2015, andrieu2010
     """
     engine.check(target)
+    rows = retained_rows(target, rows, "reverse run")
     schedule = _reversible_schedule(engine, ladder, num_particles)
     path = backward_path(target, rows, schedule.ladder, schedule.kernels[::-1], source)
     return AnnealedSweep(target, rows.context, schedule, source, path=path).run()
@@ -129,7 +131,7 @@ def reverse_ais(
     if empty:
         raise ModelError(f"reverse_ais: got no exact draw for context {model.prior.prompts[empty[0]]!r}")
     note = f"mean of log Ẑ over {min(map(len, high))} reverse runs from exact draws, N = {count}, Student's t"
-    return _mean_log(high, "upper_bound", note, level)
+    return mean_of_logs(high, "upper_bound", note, level)
 
 
 def sandwich_annealing(
@@ -161,7 +163,7 @@ def sandwich_annealing(
     sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
     run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
     note = f"mean of log Ẑ over {sweeps} independent sweeps, N = {engine.num_particles}, Student's t"
-    lower = _mean_log(list(run.info["log_z_sweeps"]), "lower_bound", note, level)
+    lower = mean_of_logs(list(run.info["log_z_sweeps"]), "lower_bound", note, level)
     upper = reverse_ais(model, engine, exact_draws, ladder=run.info["ladder"], seed=seed, level=level)
     return Sandwich(lower, upper)
 
@@ -191,22 +193,3 @@ def _ladder_of(model: Model, engine: AIS | TemperedSMC, seed: int) -> tuple[floa
     if fixed == ():
         raise ModelError("reverse run: ladder='online' has no ladder that is fixed beforehand; use ladder='pilot'")
     return fixed
-
-
-def _mean_log(values: Sequence[Tensor], kind: EstimateKind, note: str, level: float) -> Estimate:
-    """(C,) means of independent log Ẑ's with t intervals; nan where there is one only, or some are −inf."""
-    means, errors, intervals = [], [], []
-    for v in values:
-        count, mean = len(v), v.mean()
-        known = count > 1 and math.isfinite(float(mean))
-        error = v.std() / math.sqrt(count) if known else v.new_tensor(math.nan)
-        from scipy import stats  # imports much, and changes warning filters
-
-        half = float(stats.t.ppf((1.0 + level) / 2.0, count - 1)) * error if known else error
-        means.append(mean)
-        errors.append(error)
-        intervals.append(torch.stack([mean - half, mean + half]))
-    if any(float(m) == -math.inf for m in means):
-        note += "; some sweep has Ẑ = 0, so that its log is −inf and bounds nothing: use more particles"
-    replicates = min(len(v) for v in values)
-    return Estimate(torch.stack(means), torch.stack(intervals), level, kind, torch.stack(errors), replicates, note)

@@ -41,10 +41,10 @@ class SMC(Engine):
 
         π0(x_t|x_<t) ψ(x_≤t) / (q_t(x_t|x_<t) ψ(x_<t)).
 
-    ψ(∅) is the first weight; when a row ends ψ is replaced by
-    φ = ∏ φ_k, so that its whole product is γ/q; ended particles add 0 and stay in the pool. Ẑ, the product of the
-    steps' mean weights, is unbiased for Z for every twist that is positive wherever γ can still become positive, every
-    proposal that covers, and each of the resampling schemes, triggered by ESS or not.
+    ψ(∅) is the first weight; when a row ends ψ is replaced by φ = ∏ φ_k, so that its whole product is γ/q; ended
+    particles add 0 and stay in the pool. Ẑ, the product of the steps' mean weights, is unbiased for Z for every twist
+    that is positive wherever γ can still become positive, every proposal that covers, and each of the resampling
+    schemes, triggered by ESS or not.
 
     A run is several independent *sweeps* of N particles. Their Ẑ are averaged, and their spread is the error: an ESS
     near N after resampling says nothing. Particles of one sweep depend on each other.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
-from lmppl.inference.proposals import check_bounds
+from lmppl.inference.proposals import check_bounds, evaluate_inside
 from lmppl.inference.resampling import effective_sizes, resample, resample_conditionally
 from lmppl.inference.step_proposals import Proposed, StepProposal, StepRows
+from lmppl.inference.twists.lawfulness import broken_form
 from lmppl.inference.twists.product import FactorTwist
 from lmppl.inference.twists.track import TwistTrack
 from lmppl.lm.frontier import Frontier
@@ -320,8 +321,7 @@ class Sweep:
         draws = self._draws(torch.arange(len(self.frontier)))
         if self.has_texts and None not in self.texts:
             draws.__dict__["text"] = self.texts
-        inside = self.log_prior > -math.inf
-        draws = self.target.evaluate(draws) if bool(inside.all()) else _evaluate_some(self.target, draws, inside)
+        draws = evaluate_inside(self.target, draws)
         check_bounds(draws, self.target.factors)
         log_w = self.log_w.view(self.groups, self.count)
         log_weight = (self.log_z[:, None] + log_w).view(-1)
@@ -393,8 +393,6 @@ class Sweep:
 
     def _refuse_form(self, row: Tensor) -> None:
         """Find the factor whose form breaks its law on one row, and raise `FactorError`."""
-        from lmppl.inference.twists.lawfulness import broken_form
-
         assert self.lawful is not None
         raise broken_form(self.target, self.lawful.factors, self._draws(row), LAW_TOLERANCE)
 
@@ -445,18 +443,3 @@ class Sweep:
 def _agree(got: Tensor, expected: Tensor) -> Tensor:
     gap = (got - expected).abs()
     return (got == expected) | (gap <= LAW_TOLERANCE * expected.abs().clamp_min(1.0))
-
-
-def _evaluate_some(target: Target, draws: Draws, inside: Tensor) -> Draws:
-    """Features and log-factors of the rows `inside` the support of π0, nan elsewhere."""
-    part = target.evaluate(draws.select(inside))
-
-    def spread(column: Tensor) -> Tensor:
-        whole = column.new_full((len(draws), *column.shape[1:]), math.nan)
-        whole[inside] = column
-        return whole
-
-    return draws.with_columns(
-        features={name: spread(column) for name, column in part.features.items()},
-        log_factors={name: spread(column) for name, column in part.log_factors.items()},
-    )

@@ -254,9 +254,7 @@ class CacheShelf:
                 if heads not in known:
                     known[heads] = _flat(slots, columns, heads, self.num_columns)
                 fresh = [
-                    x.view(-1, x.shape[3])
-                    .index_select(0, known[heads])
-                    .view(len(slots), heads, capacity, x.shape[3])
+                    x.view(-1, x.shape[3]).index_select(0, known[heads]).view(len(slots), heads, capacity, x.shape[3])
                     for x in shelved
                 ]
                 layer.hold(fresh[0], fresh[1], width)

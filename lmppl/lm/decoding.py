@@ -54,8 +54,8 @@ class CountingDecoder:
         """As `Decoder.prefill`."""
         self.cost.lm_forwards += 1
         self.cost.lm_tokens += int(self._context_lengths[context.cpu()].sum())
-        if lengths is not None:
-            self.cost.lm_tokens += int(lengths.sum())
+        if prefix is not None:
+            self.cost.lm_tokens += prefix.numel() if lengths is None else int(lengths.sum())
         return self.decoder.prefill(context, prefix, lengths)
 
     def extend(
@@ -207,7 +207,7 @@ def draw_rows(
             so_far = ids[:, : t + 1] if len(live) == batch else ids[live, : t + 1]  # the first is no copy
             over = lm.ended(so_far, t)
             if t + 1 < horizon and bool(over.any()):
-                keep = _compacting_index(over)
+                keep = compacting_index(over)
                 lengths[live[over]] = t + 1
                 finished[live[over]] = True
                 live, tokens = live[keep], tokens[keep]
@@ -226,7 +226,7 @@ def draw_rows(
     return rows.to("cpu")
 
 
-def _compacting_index(over: Tensor) -> Tensor:
+def compacting_index(over: Tensor) -> Tensor:
     """Live rows, in an order that moves as few as possible: the tail's live rows fill the holes of the head."""
     count = int((~over).sum())
     index = torch.arange(count, device=over.device)

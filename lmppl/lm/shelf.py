@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel, State, Step
-from lmppl.lm.decoding import CountingDecoder
+from lmppl.lm.decoding import CountingDecoder, compacting_index
 from lmppl.lm.randomness import Source
 from lmppl.sequences import Cost
 
@@ -282,7 +282,7 @@ class Shelf:
             at = at + 1
             stop = over | (at == cap)
             if bool(stop.any()):
-                gone, on = torch.nonzero(stop).squeeze(1), _compacting_index(stop)
+                gone, on = torch.nonzero(stop).squeeze(1), compacting_index(stop)
                 ended = live[gone]
                 lengths[ended], finished[ended] = at[gone], over[gone]
                 self._shelve(state, gone, old[ended], slots[ended], at[gone] - 1, len(on))
@@ -397,12 +397,3 @@ def _choose_among(logits: Tensor, source: Source, barred: Tensor) -> tuple[Tenso
     tokens, log_law = source.tokens(torch.where(stuck[:, None], 0.0, allowed))
     log_prob = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
     return tokens, log_law, log_prob, stuck
-
-
-def _compacting_index(over: Tensor) -> Tensor:
-    """Live rows, in an order that moves as few as possible: the tail's live rows fill the holes of the head."""
-    count = int((~over).sum())
-    index = torch.arange(count, device=over.device)
-    holes = torch.nonzero(over[:count]).squeeze(1)
-    index[holes] = count + torch.nonzero(~over[count:]).squeeze(1)
-    return index

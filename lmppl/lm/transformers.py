@@ -105,9 +105,7 @@ class ShelvedRows:
         self._waiting: list[tuple[Tensor, ...]] = []  # rows, pads, slots, totals, of the cache beside
         self._source: Any = None
 
-    def put(
-        self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False
-    ) -> None:
+    def put(self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False) -> None:
         """As `RowStore.put`."""
         pads, totals = state.rows.pads[rows], state.context_lengths[rows] + lengths
         if later:

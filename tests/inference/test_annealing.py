@@ -469,6 +469,10 @@ def test_reverse_runs_need_exact_draws_and_a_fixed_ladder() -> None:
         reverse_ais(MODEL, AIS(4), weighted)
     with pytest.raises(ModelError, match="no exact draw for context 'ab'"):
         reverse_ais(MODEL, AIS(4, 2), exact.select(exact.context == 0))
+    prior = MODEL.prior.draw(200, generator=torch.Generator().manual_seed(0))
+    dead = prior.select(torch.tensor(["b" in text for text in prior.text]))
+    with pytest.raises(ModelError, match=r"reverse run: row 0, .* has γ = 0"):
+        reverse_ais(MODEL, AIS(4, 1), dead)
 
 
 def test_default_kernels_are_far_and_near_moves() -> None:

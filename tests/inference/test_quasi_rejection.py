@@ -159,6 +159,12 @@ def test_equal_seeds_give_equal_draws_also_as_a_stream() -> None:
     assert sorted(streamed) == sorted(first.keys())
 
 
+def test_a_run_that_stops_at_its_first_acceptance_claims_no_unbiased_estimate() -> None:
+    first, second = (infer(model_of("tabular"), QuasiRejection(bound=1.0), n).log_normalizer[0] for n in (1, 2))
+    assert (first.kind, second.kind) == ("consistent", "unbiased_Z")
+    assert "ask for two draws or more" in first.note
+
+
 def test_a_sampler_draws_more() -> None:
     posterior = infer(model_of("tabular", HARD), QuasiRejection(bound=1.0), 20)
     more = posterior.draw(15, generator=torch.Generator().manual_seed(3))

@@ -8,7 +8,7 @@ from scipy import stats
 
 from lmppl.errors import ModelError, SupportTooLarge
 from lmppl.lm import LM, TabularLM, decoding
-from lmppl.lm.decoding import _compacting_index, draw, draw_rows, plan_rows, sample_tokens, token_log_probs
+from lmppl.lm.decoding import compacting_index, draw, draw_rows, plan_rows, sample_tokens, token_log_probs
 from lmppl.sequences import Cost
 from tests.lm.random_models import network, random_lm, tokenizer
 from tests.models import ENUMERABLE, enumerable_lm
@@ -248,11 +248,11 @@ def test_scores_can_be_differentiated(kind):
 
 def test_compaction_moves_the_tail_into_the_holes():
     over = torch.tensor([False, True, False, True, False, True, False])
-    index = _compacting_index(over)
+    index = compacting_index(over)
     assert sorted(index.tolist()) == [0, 2, 4, 6]
     assert index.tolist() == [0, 4, 2, 6]
-    assert _compacting_index(torch.zeros(3, dtype=torch.bool)).tolist() == [0, 1, 2]
-    assert _compacting_index(torch.ones(3, dtype=torch.bool)).tolist() == []
+    assert compacting_index(torch.zeros(3, dtype=torch.bool)).tolist() == [0, 1, 2]
+    assert compacting_index(torch.ones(3, dtype=torch.bool)).tolist() == []
 
 
 def test_enumeration_is_guarded():

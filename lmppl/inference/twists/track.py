@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.frontier import Frontier
 from lmppl.modeling.factors import Incremental, start_incremental
+from lmppl.sequences import Cost
 
 __all__ = ["TwistTrack", "replay"]
 
@@ -121,7 +123,8 @@ class TwistTrack:
         for length in lengths.unique().tolist():
             position = torch.nonzero(lengths == length).squeeze(1)
             rows = live[position]
-            state = replay(self.twist, frontier.lm, frontier.context[rows], frontier.ids[rows, :length])
+            context, ids = frontier.context[rows], frontier.ids[rows, :length]
+            state = replay(self.twist, frontier.lm, context, ids, frontier.decoder.cost)
             self._chunks.append(_Chunk(state, position, None, None))
 
     def settle(self) -> None:
@@ -143,20 +146,18 @@ class TwistTrack:
         return Step(step.project, step.hidden[:, -1:][self.frontier.row_of[position]])
 
 
-def replay(twist: Incremental, lm: LanguageModel, context: Tensor, tokens: Tensor) -> Any:
-    """The twist's state after `tokens` (B, k) of contexts (B,); forwards of the LM only for hidden states."""
-    if "hidden" not in twist.needs:
-        with torch.no_grad():
-            step, _ = lm.decoder().prefill(context)
-        state = start_incremental(twist, context, step)
-        for column in tokens.unbind(1):
-            state = twist.advance(state, column, None)  # type: ignore[arg-type]
-        return state
+def replay(twist: Incremental, lm: LanguageModel, context: Tensor, tokens: Tensor, cost: Cost) -> Any:
+    """The twist's state after `tokens` (B, k) of contexts (B,), forwards counted into `cost`.
+
+    The LM reads the contexts, and the tokens where the twist needs hidden states.
+    """
+    reads = "hidden" in twist.needs
     with torch.no_grad():
-        decoder = lm.decoder()
+        decoder = CountingDecoder(lm, cost)
         step, cache = decoder.prefill(context)
         state = start_incremental(twist, context, step)
         for column in tokens.unbind(1):
-            step, cache = decoder.extend(cache, column[:, None])
-            state = twist.advance(state, column, step)
+            if reads:
+                step, cache = decoder.extend(cache, column[:, None])
+            state = twist.advance(state, column, step if reads else None)  # type: ignore[arg-type]
     return state
