@@ -13,6 +13,7 @@ from torch import Tensor
 from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.engine import Request, Shard
 from lmppl.inference.guided import DecodingEngine, SteeredLM, steered_step
+from lmppl.inference.proposals import truncates
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.lm.derived import count_base
 from lmppl.lm.perturbation import context_ends, has_open_past, past_of, read_again, zeros_like_past
@@ -165,8 +166,7 @@ class PerturbedLM(SteeredLM):
 
     def __init__(self, prior: LanguageModel, factors: Sequence[Factor], settings: PPLM) -> None:
         super().__init__(prior)
-        declared = [getattr(prior, name, None) for name in ("top_k", "top_p")]
-        if any(value is not None for value in declared) or getattr(prior, "truncated", False):
+        if truncates(prior):
             raise UnsupportedModel("pplm: the prior is declared truncated; declare it without top_k and top_p")
         without = [f.name for f in factors if f.soft is None]
         if without or not factors:
@@ -284,16 +284,15 @@ class PerturbedDecoder:
         scores = prior
         if settings.num_steps > 0 and settings.step_size > 0.0 and settings.fusion > 0.0:
             hidden = step.hidden[:, -1].detach()
-            moved = (
-                self._by_cache(step, rows, prior) if self.lm.place == "cache" else self._by_hidden(step, rows, prior)
-            )
+            move = self._by_cache if self.lm.place == "cache" else self._by_hidden
+            moved = move(step, rows, before, prior)
             if moved is not None and not moved.equal(hidden):
                 changed = torch.log_softmax(step.project(moved), -1)
                 scores = settings.fusion * changed + (1.0 - settings.fusion) * prior
         dead = torch.zeros_like(scores[:, :1], dtype=torch.bool)
         return steered_step(scores[:, None], prior[:, None], dead)
 
-    def _by_cache(self, step: Step, rows: PerturbedRows, prior: Tensor) -> Tensor | None:
+    def _by_cache(self, step: Step, rows: PerturbedRows, before: Tensor, prior: Tensor) -> Tensor | None:
         """(B, H) the last hidden state over the moved past; None where there is no past."""
         assert isinstance(self.base, TransformersDecoder)
         decoder, past = self.base, past_of(rows.base)
@@ -308,7 +307,7 @@ class PerturbedDecoder:
 
         for _ in range(self.lm.settings.num_steps):
             with torch.enable_grad():
-                value = self._objective(step, hidden_of(deltas), rows, prior)
+                value = self._objective(step, hidden_of(deltas), rows, before, prior)
                 gradients = torch.autograd.grad(value.sum(), deltas)
             self.cost.backward_tokens += len(rows.last)
             deltas = [
@@ -318,22 +317,22 @@ class PerturbedDecoder:
             ]
         return hidden_of([delta.detach() for delta in deltas])
 
-    def _by_hidden(self, step: Step, rows: PerturbedRows, prior: Tensor) -> Tensor:
+    def _by_hidden(self, step: Step, rows: PerturbedRows, before: Tensor, prior: Tensor) -> Tensor:
         """(B, H) the last hidden state, moved itself."""
         start = step.hidden[:, -1].detach()
         delta = torch.zeros_like(start).requires_grad_()
         for _ in range(self.lm.settings.num_steps):
             with torch.enable_grad():
-                value = self._objective(step, start + delta, rows, prior)
+                value = self._objective(step, start + delta, rows, before, prior)
                 gradients = torch.autograd.grad(value.sum(), [delta])
             (moved,) = self._moved([delta], gradients)
             delta = moved.requires_grad_()
         return start + delta.detach()
 
-    def _objective(self, step: Step, hidden: Tensor, rows: PerturbedRows, prior: Tensor) -> Tensor:
+    def _objective(self, step: Step, hidden: Tensor, rows: PerturbedRows, before: Tensor, prior: Tensor) -> Tensor:
         log_probs = torch.log_softmax(step.project(hidden), -1)
         lengths = rows.lengths[:, None]
-        mean = torch.where(lengths > 0, (rows.total + hidden) / lengths.clamp_min(1), hidden)
+        mean = torch.where(lengths > 0, (before + hidden) / lengths.clamp_min(1), hidden)
         return self.lm.objective(SoftStep(log_probs, hidden, mean), prior)
 
     def _moved(self, deltas: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

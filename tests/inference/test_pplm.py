@@ -60,16 +60,16 @@ def test_the_gradient_on_the_cache_is_that_of_finite_differences(kind, factor):
     context, prefix = torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 0]])
     with torch.no_grad():
         step, _ = lm.base.decoder().prefill(context, prefix)
-        before = torch.zeros_like(step.hidden[:, -1])
         _, state = decoder.prefill(context, prefix)
-        state = state._replace(total=before)
         prior = step.log_probs[:, -1]
     past = past_of(state.base)
     deltas = zeros_like_past(past)
 
+    before = state.total - step.hidden[:, -1]
+
     def value(changes):
         pairs = [(k + changes[2 * i], v + changes[2 * i + 1]) for i, (k, v) in enumerate(past)]
-        return decoder._objective(step, read_again(decoder.base, state.base, state.last, pairs), state, prior)
+        return decoder._objective(step, read_again(decoder.base, state.base, state.last, pairs), state, before, prior)
 
     gradients = torch.autograd.grad(value(deltas).sum(), deltas)
     generator = torch.Generator().manual_seed(1)
@@ -161,6 +161,33 @@ def test_the_hidden_law_is_the_published_update_by_hand():
     # Mutant: arithmetic in place of geometric mean.
     mixture = torch.log(0.6 * changed.exp() + 0.4 * log_p.exp())
     assert float((mixture - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("perturb", ["cache", "hidden"])
+def test_the_mean_hidden_state_holds_each_token_once(perturb):
+    """At the first gradient step nothing has moved, so that soft forms see the mean of the prior's own states."""
+    seen = []
+
+    def soft(lm):
+        def form(step):
+            seen.append(step.mean_hidden.detach().clone())
+            return step.log_probs[:, 0]
+
+        return form
+
+    factor = Factor("seen", (), lambda columns: torch.zeros(0), soft=soft)
+    prior, context, tokens = enumerable_lm("llama"), torch.tensor([1]), torch.tensor([[2, 0]])
+    decoder = PerturbedLM(prior, [factor], PPLM(num_steps=1, perturb=perturb)).decoder()
+    _, begun = decoder.prefill(context)
+    decoder.extend(begun, tokens)
+    decoder.prefill(context, tokens)
+    plain = prior.decoder()
+    first, state = plain.prefill(context)
+    states = plain.extend(state, tokens)[0].hidden[0]
+    expected = [first.hidden[0, -1], states[0], states.mean(0), states.mean(0)]
+    close = {"rtol": 0, "atol": TOLERANCE if perturb == "hidden" else 1e-5}  # the cache is read again in float32 norms
+    for mean, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(mean[0], wanted.detach(), **close)
 
 
 def test_a_context_of_one_token_has_no_past_to_move():
