@@ -284,6 +284,10 @@ def test_a_form_that_breaks_its_law_is_named():
     with pytest.raises(FactorError, match=r"factor 'count_a': .* for the text .*expected log φ = "):
         infer(lm * forbids("b", 3) * counts("a", 3, 0.7, error=0.5), SMC(8), progress=False)
 
+    contradicted = Constraint(lambda texts: ["b" in t for t in texts], name="b", automaton=Automaton.containing("a"))
+    with pytest.raises(FactorError, match=r"factor 'b': .* breaks its law .* expected log φ = -inf"):
+        infer(lm * contradicted, SMC(16), progress=False)
+
     class Broken(ArbitraryTwist):
         def weigh(self, state, candidates):
             return super().weigh(state, candidates) * math.nan

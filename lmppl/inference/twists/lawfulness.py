@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,4 +84,5 @@ def _walk(target: Target, factor: Factor, row: Draws, length: int, tolerance: fl
 
 
 def _differ(a: float, b: float, tolerance: float) -> bool:
-    return a != b and not abs(a - b) <= tolerance * max(1.0, abs(b))
+    close = math.isfinite(b) and abs(a - b) <= tolerance * max(1.0, abs(b))
+    return a != b and not close
