@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,data,gguf,draw,examples
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DIST ?= dist
 
 PY := $(VENV)/bin/python
@@ -42,11 +43,14 @@ setup: $(FULL)
 demo: $(CORE)
 	$(QUIET) $(VENV)/bin/lmppl demo
 
+# A file stays with one worker, so that what its tests share is computed once.
+PARALLEL := -n $(WORKERS) --dist loadfile
+
 test: setup
-	$(QUIET) $(PY) -m pytest $(PYTEST_ARGS)
+	$(QUIET) $(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 slow: setup
-	$(QUIET) $(PY) -m pytest -m "slow and not benchmark" $(PYTEST_ARGS)
+	$(QUIET) $(PY) -m pytest -m "slow and not benchmark" $(PARALLEL) $(PYTEST_ARGS)
 
 bench: setup
 	$(QUIET) $(PY) -m pytest tests/benchmarks -m benchmark $(PYTEST_ARGS)
