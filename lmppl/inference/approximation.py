@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import BudgetExhausted, ModelError, UnsupportedModel
-from lmppl.inference.engine import Engine, Guarantee, infer
+from lmppl.inference.engine import Engine, Guarantee
+from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.model import Model
@@ -27,6 +28,8 @@ __all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler"]
 
 LEVEL = 0.95
 Z_SCORE = 1.959963984540054  # Φ⁻¹(0.975)
+MANY_CHAINS = 16  # whose means' spread is known to a fifth
+SEEN_STEPS = 20  # of a chain, in which an autocorrelation can be seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +162,14 @@ class Particles(Approximation):
 class Chains(Approximation):
     """Dependent draws, with columns `chain` and `step`, as many of each chain.
 
-    The error of an expectation is the Monte Carlo standard error of the chains (`lmppl.diagnostics.mcse`); with fewer
-    than 4 steps that of independent chains' means, and nan for a single one.
+    The error of an expectation is that of the mean of independent chains' means, s/√C, where there are 16 chains or
+    more: it holds whatever the autocorrelation is. With fewer it is the Monte Carlo standard error
+    (`lmppl.diagnostics.mcse`), which has to see the autocorrelation and needs 20 steps a chain for it; shorter ones
+    have their means alone, and a single one has nan.
     """
 
     def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
-        from lmppl.diagnostics.chains import MIN_STEPS, mcse
+        from lmppl.diagnostics.chains import mcse
 
         chain, step = (self.draws.columns[name][rows] for name in ("chain", "step"))
         count = len(chain.unique())
@@ -172,7 +177,7 @@ class Chains(Approximation):
         values = (influence * len(influence))[order].view(count, -1)
         if float(values.max()) == float(values.min()):
             return influence.new_zeros(())
-        if values.shape[1] < MIN_STEPS:
+        if count >= MANY_CHAINS or values.shape[1] < SEEN_STEPS:
             return values.mean(1).std() / math.sqrt(count)
         return influence.new_tensor(mcse(values).value)
 

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from lmppl.inference import Guarantee, Importance, Particles, infer
+from lmppl.inference import Chains, Guarantee, Importance, Particles, infer
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from tests.models import enumerable_lm, wavy
@@ -54,3 +55,25 @@ def test_weights_of_zero_do_not_count():
     kept = Particles(result.draws.with_columns(log_weight=log_w), result.log_normalizer, Guarantee.CONSISTENT)
     alone = Particles(result.draws.select(slice(1, None, 2)), result.log_normalizer, Guarantee.CONSISTENT)
     assert torch.allclose(kept.expectation(LENGTH).value, alone.expectation(LENGTH).value)
+
+
+@pytest.mark.parametrize(("num_chains", "num_steps"), [(64, 3), (64, 5), (64, 40), (4, 10), (6, 150)])
+def test_the_error_of_chains_is_that_of_their_mean(num_chains, num_steps):
+    """200 runs of AR(1) chains: the variance of their means is what the squared errors must average to."""
+    generator = torch.Generator().manual_seed(num_chains + num_steps)
+    rho, runs = 0.8, 200
+    x = torch.empty(runs, num_chains, num_steps, dtype=torch.float64)
+    x[..., 0] = torch.randn(runs, num_chains, generator=generator, dtype=torch.float64)
+    for t in range(1, num_steps):
+        noise = torch.randn(runs, num_chains, generator=generator, dtype=torch.float64)
+        x[..., t] = rho * x[..., t - 1] + (1 - rho**2) ** 0.5 * noise
+    size = num_chains * num_steps
+    columns = {
+        "chain": torch.arange(num_chains).repeat_interleave(num_steps),
+        "step": torch.arange(num_steps).repeat(num_chains),
+    }
+    draws = particles(100).draws.select([0] * size).with_columns(columns=columns, log_weight=None)
+    chains, rows = Chains(draws, (), Guarantee.CONSISTENT), torch.ones(size, dtype=torch.bool)
+    squares = [chains.error_of_mean((run - run.mean()).flatten() / size, rows).square() for run in x]
+    truth = x.mean((1, 2)).var()
+    assert 0.7 < float(torch.stack(squares).mean() / truth) < 1.5
