@@ -33,6 +33,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 MIN_STEPS = 4  # two halves of two steps: below, no variance within a half
+SEEN_STEPS = 20  # of a chain, in which an autocorrelation can be seen
+MANY_CHAINS = 16  # whose means' spread is known to a fifth
 BLOM = 3 / 8  # offset of the normal scores [vehtari2021]
 
 
@@ -154,7 +156,8 @@ def bulk_ess(x: Tensor) -> ChainFigure:
     """Effective sample size of the ranks' normal scores: how many independent draws the middle of the law is worth.
 
     Of split chains, so that disagreement between and within chains lowers it as autocorrelation does; antithetic chains
-    can exceed chains × steps. Detects slow mixing. Blind to slow mixing of the tails alone, and to unseen modes.
+    can exceed chains × steps. Of 16 chains or more of fewer than 20 steps, at most what the spread of their means
+    allows. Detects slow mixing. Blind to slow mixing of the tails alone, and to unseen modes.
 
     Parameters
     ----------
@@ -376,8 +379,18 @@ def _vanishes(within: float, between: float) -> bool:
 
 
 def _ess(values: Array, method: str) -> float:
-    """arviz's estimate, for values that vary."""
+    """arviz's estimate, for values that vary; of many short chains no more than their means say.
+
+    In a few steps no autocorrelation can be seen, and the estimate is at its ceiling whatever the chains do. The means
+    of C chains have the variance Var(h)/ESS · C, which their spread shows.
+    """
     from arviz_stats.base.array import array_stats
 
     untyped: Any = array_stats
-    return float(untyped.ess(values, method=method))
+    found = float(untyped.ess(values, method=method))
+    chains, steps = values.shape
+    if steps >= SEEN_STEPS or chains < MANY_CHAINS:
+        return found
+    scores = _normal_scores(values) if method == "bulk" else values
+    between = float(scores.mean(1).var(ddof=1)) / chains
+    return min(found, float(scores.var(ddof=1)) / between) if between > 0 else found

@@ -28,8 +28,6 @@ __all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler"]
 
 LEVEL = 0.95
 Z_SCORE = 1.959963984540054  # Φ⁻¹(0.975)
-MANY_CHAINS = 16  # whose means' spread is known to a fifth
-SEEN_STEPS = 20  # of a chain, in which an autocorrelation can be seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +167,7 @@ class Chains(Approximation):
     """
 
     def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
-        from lmppl.diagnostics.chains import mcse
+        from lmppl.diagnostics.chains import MANY_CHAINS, SEEN_STEPS, mcse
 
         chain, step = (self.draws.columns[name][rows] for name in ("chain", "step"))
         count = len(chain.unique())

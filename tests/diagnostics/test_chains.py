@@ -260,3 +260,15 @@ def test_one_step_cannot_show_movement() -> None:
 def test_a_tail_has_a_probability() -> None:
     with pytest.raises(ModelError, match="between 0 and 1/2"):
         tail_ess(normal(2, 8), 0.5)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 15])
+def test_short_chains_are_worth_what_their_means_say(steps):
+    """64 AR(1) chains of ρ = 0.9 and few steps: each is worth little more than one draw."""
+    generator = torch.Generator().manual_seed(steps)
+    x = torch.randn(64, steps, generator=generator, dtype=torch.float64)
+    for t in range(1, steps):
+        x[:, t] = 0.9 * x[:, t - 1] + (1 - 0.81) ** 0.5 * x[:, t]
+    exact = 64 * steps / (1 + 2 * sum((1 - k / steps) * 0.9**k for k in range(1, steps)))
+    for figure in (bulk_ess(x).value, (float(x.std()) / mcse(x).value) ** 2):
+        assert 0.6 < figure / exact < 1.7
