@@ -24,10 +24,14 @@ __all__ = [
     "Kernel",
     "Proposal",
     "StepInfo",
+    "eos_mask",
     "evaluated",
     "log_acceptance",
     "metropolis_hastings",
+    "possible_ratio",
+    "present_log_prior",
     "replaced",
+    "same_outcome",
     "tempered",
 ]
 
@@ -215,6 +219,30 @@ def replaced(
             shelf.forget(rows.to(shelf.slot.device), keep.to(shelf.slot.device))
     whole = concatenate([draws, new], pad_id=state.target.prior.pad_id)
     return replace(state, draws=whole.select(index))
+
+
+def present_log_prior(state: ChainState, rows: Tensor) -> Tensor:
+    """(M,) log π0 of the present rows, in nats."""
+    assert state.draws.log_prior is not None  # chains start with it
+    return state.draws.log_prior[rows]
+
+
+def same_outcome(prior: LanguageModel, ids: Tensor, draws: Draws, rows: Tensor) -> Tensor:
+    """(M,) bool: new rows end where the old ones do."""
+    parsed = prior.parse(ids, draws.context[rows])
+    return parsed.lengths.eq(draws.lengths[rows]) & parsed.finished.eq(draws.finished[rows])
+
+
+def eos_mask(lm: LanguageModel) -> Tensor:
+    """(V,) bool: the EOS tokens."""
+    mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
+    mask[list(lm.eos_ids)] = True
+    return mask
+
+
+def possible_ratio(ratio: Tensor, log_prior: Tensor) -> Tensor:
+    """`ratio` (M,), −inf where the new row is none of the prior's."""
+    return torch.where((log_prior > -torch.inf) & ~ratio.isnan(), ratio, -torch.inf)
 
 
 def _spread(values: Tensor, rows: Tensor, count: int, rest: float) -> Tensor:

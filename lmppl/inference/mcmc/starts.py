@@ -10,8 +10,9 @@ from torch import Tensor
 from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation
-from lmppl.inference.engine import Engine, infer
+from lmppl.inference.engine import Engine
 from lmppl.inference.proposals import draw_from
+from lmppl.inference.run import infer
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, Sequences, concatenate

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import lmppl.inference.mcmc.blocks as blocks
 import lmppl.inference.mcmc.edits as edits
 from lmppl.errors import ModelError
 from lmppl.inference.mcmc import BlockResample, LocalEdit, ParticleGibbs, TokenGibbs
@@ -76,12 +77,12 @@ def test_mutants_of_edits_and_blocks(monkeypatch):
     monkeypatch.setattr(edits, "edit_log_ratio", without_the_token_that_goes)
     matrix, brute = walked_matrix(LocalEdit(), model)
     assert off_balance(matrix, law_at(brute))[0] > VISIBLE
-    block = edits.block_log_ratio
+    block = blocks.block_log_ratio
 
     def without_the_tail(change, new, old, ends, before, after):
         return block(new - old, new, old, ends, before, after)
 
-    monkeypatch.setattr(edits, "block_log_ratio", without_the_tail)
+    monkeypatch.setattr(blocks, "block_log_ratio", without_the_tail)
     matrix, brute = walked_matrix(BlockResample(1), model)
     assert off_balance(matrix, law_at(brute))[0] > VISIBLE
 

@@ -7,10 +7,11 @@ import torch
 
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import Chains
-from lmppl.inference.engine import Budget, Request, infer
+from lmppl.inference.engine import Budget, Request
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.mcmc import MCMC, Mixture, Restart, SuffixResample, TokenGibbs
+from lmppl.inference.run import infer
 from lmppl.lm.randomness import Source
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError, UnsupportedModel
-from lmppl.inference.engine import infer
 from lmppl.inference.mcmc import MCMC, Restart, SuffixResample, Tempered
 from lmppl.inference.mcmc.tempering import adapted_ladder, log_swap_acceptance, swap
+from lmppl.inference.run import infer
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.target import Target
