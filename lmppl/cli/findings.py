@@ -53,13 +53,15 @@ def _khat(info: Mapping[str, Any]) -> str:
 
 
 def _extreme(name: str, worst: Callable[[Tensor], Tensor], form: str) -> Callable[[Mapping[str, Any]], str]:
-    """The worst of a figure over scalars and contexts, with the scalar's name."""
+    """The worst of a figure over scalars and contexts, with the scalar's name; scalars that never vary say nothing."""
 
     def read(info: Mapping[str, Any]) -> str:
-        known = {label: values[~values.isnan()] for label, values in info[name].items()}
+        notes = [str(note) for note in info.get("chain_notes", ())]
+        constant = {note.partition(" in context ")[0] for note in notes if ": constant:" in note}
+        known = {label: v[~v.isnan()] for label, v in info[name].items() if label not in constant}
         found = {label: float(worst(values)) for label, values in known.items() if len(values)}
         if not found:
-            return "too few steps"
+            return "" if constant else "too few steps"
         label = (max if worst is torch.max else min)(found, key=lambda key: found[key])
         return f"{found[label]:{form}} ({label})"
 

@@ -165,7 +165,7 @@ def _different(draws: Draws, generator: torch.Generator) -> Draws:
 def _promise(guarantee: Guarantee) -> str:
     return {
         Guarantee.EXACT: "exact",
-        Guarantee.CONSISTENT: "consistent: weighted draws, exact in the limit",
+        Guarantee.CONSISTENT: "consistent: exact in the limit",
         Guarantee.APPROXIMATE: "approximate",
         Guarantee.HEURISTIC: "heuristic: another law than the posterior",
     }[guarantee]

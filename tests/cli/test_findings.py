@@ -10,9 +10,10 @@ from lmppl.cli.findings import LABELS, READERS, findings, plain_info
 from lmppl.inference import ENGINES, Engine, QuasiRejection, infer
 from lmppl.inference.mcmc import MCMC, Restart
 from lmppl.inference.smc import SMC
+from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.target import TargetForm
-from tests.models import enumerable_lm, wavy
+from tests.models import enumerable_lm, has_no, wavy
 
 
 def shown(engine: Engine) -> dict[str, str]:
@@ -39,6 +40,14 @@ def test_chains_show_agreement_acceptance_and_certificate() -> None:
     bounds = [float(x) for x in found["TV at most"].split(", ")]
     assert len(bounds) == 2
     assert all(0 <= b <= 1 for b in bounds)
+
+
+def test_a_constraint_that_always_holds_is_not_the_worst_scalar() -> None:
+    model = enumerable_lm("tabular") * Constraint(has_no("b"), name="no_b") * Reward(wavy, beta=0.4)
+    found = dict(findings(infer(model, MCMC(16, num_steps=8), seed=1).info))
+    assert "no_b" not in found["worst R̂"]
+    assert math.isfinite(float(found["worst R̂"].split()[0]))
+    assert "no_b" not in found["lowest bulk ESS"]
 
 
 def test_quasi_rejection_shows_its_distance() -> None:
