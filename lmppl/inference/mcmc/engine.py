@@ -78,9 +78,9 @@ class MCMC(Engine):
     `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ,
     `log_prior`, `length`), `chain_notes`; `acceptance` (C,) and `acceptance_by_position` (T + 1,) by kernel; `stuck`
     chains by context, which are warned about; `starts` (C,), how many chains had a start of their own. The proposals of
-    `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()` and a
-    bound on every factor, `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
-    lower end of its interval.
+    `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()`,
+    `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
+    lower end of its interval; nan where a factor declares none, which `chain_notes` names.
 
     With a factor declared `stochastic=True`, a non-negative unbiased estimate of φ takes its place: the estimate of the
     present row is kept until the row goes (pseudo-marginal MCMC), and π* has E[φ̂] in place of φ.
@@ -136,7 +136,9 @@ class MCMC(Engine):
         assert isinstance(shard, ChainShard)
         context = torch.tensor(shard.contexts).repeat_interleave(self.num_chains * self._replicas)
         if state is None:
-            starts = start_draws(self.start, target, context, source, max_tries=self.max_tries, seed=shard.seed)
+            starts = start_draws(
+                self.start, target, context, source, max_tries=self.max_tries, seed=shard.seed, who=self.name
+            )
             draws, step, distinct = starts.draws, 0, starts.distinct
         else:
             draws, step, distinct = _restored(state, target), int(state["step"]), state["starts"]
@@ -161,6 +163,7 @@ class MCMC(Engine):
             "tally": tally.counts,
             "log_phi": torch.stack(proposed) if proposed else torch.zeros(0, len(context), dtype=torch.float64),
             "log_upper": target.form.log_upper,
+            "unbounded": target.form.unbounded,
             "steps": total,
         }
         return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
@@ -200,14 +203,14 @@ class MCMC(Engine):
         }
         for c, chains in still.items():
             log.warning(
-                "mcmc: %d of %d chains never moved in context %r (chains %s); their draws are copies of one text: "
+                "%s: %d of %d chains never moved in context %r (chains %s); their draws are copies of one text: "
                 "where π* has more than that, run longer, with a kernel of smaller moves or from other starts",
-                len(chains), self.num_chains, draws.prompts[c], ", ".join(map(str, chains[:8])),
+                self.name, len(chains), self.num_chains, draws.prompts[c], _listed(chains),
             )  # fmt: skip
         normalizers = _normalizers(parts, draws.num_contexts)
-        bounded = math.isfinite(float(parts[0].info["log_upper"]))
-        if normalizers and isinstance(self.kernel, Restart) and bounded and self._replicas == 1:
-            info["certificate"] = _certificate(parts, normalizers[-1])
+        if normalizers and isinstance(self.kernel, Restart) and self._replicas == 1:
+            info["certificate"], note = _certificate(parts, normalizers[-1])
+            info["chain_notes"] = (*info["chain_notes"], *note)
         return Chains(draws, normalizers, self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
@@ -268,12 +271,26 @@ def _normalizers(parts: Sequence[Part], num_contexts: int) -> tuple[Estimate, ..
     return (delta,)
 
 
-def _certificate(parts: Sequence[Part], normalizer: Estimate) -> Tensor:
-    """(C,) (1 − Z/M)^n after all n steps, with Z at the lower end of its interval: 1 where that is 0."""
+def _certificate(parts: Sequence[Part], normalizer: Estimate) -> tuple[Tensor, tuple[str, ...]]:
+    """(C,) (1 − Z/M)^n after all n steps, with Z at the lower end of its interval: 1 where that is 0.
+
+    nan where M is infinite; the note then names the factors that declare no bound.
+    """
     assert normalizer.interval is not None
+    unbounded = parts[0].info["unbounded"]
+    if unbounded:
+        names = ", ".join(map(repr, unbounded))
+        return torch.full_like(normalizer.interval[:, 0], math.nan), (
+            f"no certificate: factor{'s' * (len(unbounded) > 1)} {names} declares no bound; pass upper=...",
+        )
     steps = sum(int(p.info["steps"]) for p in parts)
     share = torch.exp(normalizer.interval[:, 0] - float(parts[0].info["log_upper"])).clamp_max(1.0)
-    return torch.exp(steps * torch.log1p(-share))
+    return torch.exp(steps * torch.log1p(-share)), ()
+
+
+def _listed(chains: Sequence[int]) -> str:
+    """The first eight, and dots where there are more."""
+    return ", ".join(map(str, chains[:8])) + ", …" * (len(chains) > 8)
 
 
 def _figures(number: int, shard: ChainShard, info: StepInfo) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError
+from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.conditional_smc import particle_gibbs_step
 from lmppl.inference.mcmc.chains import ChainState, Evidence, Kernel, StepInfo, replaced
 from lmppl.inference.smc import SMC
@@ -47,6 +47,13 @@ class ParticleGibbs(Kernel):
                 f"ParticleGibbs: factor {target.form.stochastic[0]!r} is declared stochastic=True, and the sweep would "
                 "estimate the present row anew; use Restart or SuffixResample, which keep its estimate"
             )
+        if not isinstance(self.smc, SMC):
+            raise ModelError(f"ParticleGibbs: got smc={self.smc!r}, expected an SMC(...), an instance")
+        if self.smc.num_particles < 2:
+            raise ModelError(
+                f"ParticleGibbs: got SMC(num_particles={self.smc.num_particles}), expected at least 2: one of them is "
+                "the present row, and alone it would never move"
+            )
         self.smc.check(target)
 
     def step(
@@ -58,6 +65,8 @@ class ParticleGibbs(Kernel):
         ------
         ModelError
             For another power or evidence: the sweep is one of the target as it is declared.
+        InfeasibleModel
+            Where the twist is 0 before the first token.
         """
         if evidence is not log_evidence or isinstance(power, Tensor) or power != 1.0:
             raise ModelError(
@@ -65,7 +74,10 @@ class ParticleGibbs(Kernel):
                 "kernel, such as SuffixResample"
             )
         old = state.draws
-        new = particle_gibbs_step(state.target, self.smc, old, source)
+        try:
+            new = particle_gibbs_step(state.target, self.smc, old, source)
+        except InfeasibleModel as error:
+            raise InfeasibleModel(f"mcmc, kernel ParticleGibbs: {str(error).removeprefix('smc: ')}") from error
         assert new.log_prior is not None
         new = new.with_columns(log_prior=new.log_prior.double(), log_q=None, columns={}, meta={})
         same = (new.ids == old.ids).cumprod(1).sum(1)

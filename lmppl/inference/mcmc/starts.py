@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ class Starts(NamedTuple):
     distinct: Tensor
 
 
-def start_draws(start: Start, target: Target, context: Tensor, source: Source, *, max_tries: int, seed: int) -> Starts:
+def start_draws(
+    start: Start, target: Target, context: Tensor, source: Source, *, max_tries: int, seed: int, who: str = "mcmc"
+) -> Starts:
     """A row with γ > 0 for each of B chains of `context` (B,).
 
     Parameters
@@ -38,6 +41,8 @@ def start_draws(start: Start, target: Target, context: Tensor, source: Source, *
         "prior": each chain takes a draw of π0 with γ > 0; where a context has fewer than chains after `max_tries`
         draws, chains share them. Draws (or an engine's, run with `seed`): sampled by their weights for each context,
         or taken as they are where there is one for each chain.
+    who : str
+        The engine, for messages.
 
     Raises
     ------
@@ -47,23 +52,22 @@ def start_draws(start: Start, target: Target, context: Tensor, source: Source, *
         Where given draws are no outcomes of the prior.
     """
     if isinstance(start, str) and start == "prior":
-        return _from_prior(target, context, source, max_tries)
+        return _from_prior(target, context, source, max_tries, who)
     if isinstance(start, str | Engine):
         result = infer(target.model, start, int(torch.bincount(context).max()), seed=seed, progress=False)
-        for name, value in result.cost.as_dict().items():
-            if name != "seconds":  # the run that asks for the start counts its own
-                setattr(target.cost, name, getattr(target.cost, name) + int(value))
+        target.cost.add(replace(result.cost, seconds=0.0))  # the run that asks for the start counts its own
         start = result
     given = start.draws if isinstance(start, Approximation) else start
     if not isinstance(given, Sequences):
         raise ModelError(f"start: got {type(start).__name__}, expected 'prior', draws, an approximation or an engine")
-    return _from_draws(target, given, context, source)
+    return _from_draws(target, given, context, source, who)
 
 
-def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int) -> Starts:
+def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int, who: str) -> Starts:
     contexts, wanted = torch.unique(context, return_counts=True)
     found: dict[int, list[Draws]] = {c: [] for c in contexts.tolist()}
     have = torch.zeros_like(wanted)
+    excluded = torch.zeros(target.form.num_contexts, len(target.factors), dtype=torch.int64)
     tried = 0
     while bool((have < wanted).any()) and tried < max_tries:
         short = contexts[have < wanted]
@@ -71,6 +75,9 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int)
         draws = target.evaluate(draw_from(target.prior, short.repeat_interleave(size), source, cost=target.cost))
         tried += size
         alive = log_evidence(draws) > -torch.inf
+        for k, factor in enumerate(target.factors):
+            zero = draws.log_factors[factor.name] == -torch.inf
+            excluded[:, k] += torch.bincount(draws.context[zero], minlength=len(excluded))
         for c in short.tolist():
             rows = torch.nonzero(alive & (draws.context == c)).squeeze(1)
             if len(rows):
@@ -80,9 +87,10 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int)
     if empty:
         rate = float(binomial_upper(torch.tensor(0), torch.tensor(tried), LEVEL))
         raise InfeasibleModel(
-            f"mcmc: none of {tried:,} draws of the prior for context {target.contexts[empty[0]]!r} has γ > 0: "
-            f"Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise max_tries, loosen the hard factors, or "
-            "start from draws that satisfy them (start=draws, or start=an engine that steers)"
+            f"{who}: none of {tried:,} draws of the prior for context {target.contexts[empty[0]]!r} has γ > 0 "
+            f"({_blame(target, excluded[empty[0]])}): Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise "
+            "max_tries, loosen the hard factors, or start from draws that satisfy them (start=draws, or start=an "
+            "engine that steers)"
         )
     chosen = []
     for c, count in zip(contexts.tolist(), wanted.tolist(), strict=True):
@@ -92,7 +100,14 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int)
     return Starts(whole, torch.minimum(have, wanted))
 
 
-def _from_draws(target: Target, given: Sequences, context: Tensor, source: Source) -> Starts:
+def _blame(target: Target, excluded: Tensor) -> str:
+    """How many draws each factor excludes, most first."""
+    order = torch.argsort(excluded, descending=True, stable=True).tolist()
+    found = [f"factor {target.factors[k].name!r} is 0 on {int(excluded[k]):,}" for k in order if int(excluded[k])]
+    return ", ".join(found)
+
+
+def _from_draws(target: Target, given: Sequences, context: Tensor, source: Source, who: str) -> Starts:
     if given.prompts != target.contexts:
         raise ModelError(f"start: got draws for contexts {given.prompts!r}, expected {target.contexts!r}")
     ids = torch.nn.functional.pad(
@@ -112,13 +127,13 @@ def _from_draws(target: Target, given: Sequences, context: Tensor, source: Sourc
     for c in torch.unique(context).tolist():
         chains, there = torch.nonzero(context == c).squeeze(1), torch.nonzero(given.context == c).squeeze(1)
         if len(there) == 0:
-            raise InfeasibleModel(f"mcmc: start has no row for context {target.contexts[c]!r}; give one or more")
+            raise InfeasibleModel(f"{who}: start has no row for context {target.contexts[c]!r}; give one or more")
         if log_weight is None and len(there) == len(chains):
             rows[chains] = there
         else:
             log_w = torch.zeros(len(there), dtype=torch.float64) if log_weight is None else log_weight[there].double()
             if not bool((log_w > -torch.inf).any()):
-                raise InfeasibleModel(f"mcmc: all starting draws for context {target.contexts[c]!r} have weight zero")
+                raise InfeasibleModel(f"{who}: all starting draws for context {target.contexts[c]!r} have weight zero")
             picked, _ = source.tokens(log_w.expand(len(chains), -1))
             rows[chains] = there[picked]
         distinct.append(len(rows[chains].unique()))

@@ -66,8 +66,13 @@ class TokenGibbs(Regenerating):
         if self.num_candidates is not None and self.num_candidates < 2 and self.candidates is None:
             raise ModelError(f"TokenGibbs: got num_candidates={self.num_candidates}, expected at least 2")
         tokens = self.candidates
-        if tokens is not None and (len(set(tokens)) != len(tokens) or not all(0 <= t < vocab for t in tokens)):
-            raise ModelError(f"TokenGibbs: got candidates={tokens}, expected different ids of 0 to {vocab - 1}")
+        if tokens is None:
+            return
+        ids = all(isinstance(t, int) and 0 <= t < vocab for t in tokens)
+        if len(tokens) < 2 or not ids or len(set(tokens)) != len(tokens):
+            raise ModelError(
+                f"TokenGibbs: got candidates={tokens!r}, expected at least 2 different ids of 0 to {vocab - 1}"
+            )
 
     def candidate_set(self, logits: Tensor) -> Tensor:
         """(B, k) candidates where q says `logits` (B, V)."""

@@ -163,7 +163,12 @@ def test_wrong_configurations_are_refused():
     for kernel, words in (
         (BlockResample(0), "expected an integer of at least 1"),
         (TokenGibbs(1), "expected at least 2"),
-        (TokenGibbs(candidates=(0, 7)), "expected different ids of 0 to 2"),
+        (TokenGibbs(candidates=(0, 7)), "at least 2 different ids of 0 to 2"),
+        (TokenGibbs(candidates=()), r"got candidates=\(\), expected at least 2 different ids"),
+        (TokenGibbs(candidates=(1,)), "at least 2 different ids"),
+        (TokenGibbs(candidates=("a", "b")), "at least 2 different ids of 0 to 2"),
+        (ParticleGibbs(smc="foo"), "got smc='foo', expected an SMC"),
+        (ParticleGibbs(SMC(num_particles=1)), "alone it would never move"),
     ):
         with pytest.raises(ModelError, match=words):
             kernel.check(target)

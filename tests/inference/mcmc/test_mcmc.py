@@ -10,8 +10,9 @@ from lmppl.inference.approximation import Chains
 from lmppl.inference.engine import Budget, Request
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
-from lmppl.inference.mcmc import MCMC, Mixture, Restart, SuffixResample, TokenGibbs
+from lmppl.inference.mcmc import MCMC, Mixture, ParticleGibbs, Restart, SuffixResample, Tempered, TokenGibbs
 from lmppl.inference.run import infer
+from lmppl.inference.smc import SMC
 from lmppl.lm.randomness import Source
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
@@ -20,6 +21,7 @@ from lmppl.modeling.target import Target
 from lmppl.testing import check_engine, references
 from lmppl.testing.enumeration import every_outcome
 from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
+from tests.inference.smc_cases import ArbitraryTwist
 from tests.models import brute_force, enumerable_lm, goodness_of_fit, has_no, wavy
 
 FEW = {"num_chains": 8, "num_steps": 12, "warmup": 4}
@@ -47,14 +49,14 @@ def test_draws_of_networks_have_the_law_of_the_posterior(kind):
 
 
 def test_chains_are_rectangular_and_expectations_use_their_error():
-    run = infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(**FEW), progress=False)
+    run = infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(8, num_steps=24, warmup=4), progress=False)
     assert isinstance(run, Chains)
     draws = run.draws
-    assert len(draws) == 2 * 8 * 12
+    assert len(draws) == 2 * 8 * 24
     for context in (0, 1):
         rows = draws.context == context
-        assert sorted(draws.columns["chain"][rows].tolist()) == sorted(list(range(8)) * 12)
-        assert draws.columns["step"][rows].max() == 11
+        assert sorted(draws.columns["chain"][rows].tolist()) == sorted(list(range(8)) * 24)
+        assert draws.columns["step"][rows].max() == 23
     estimate = run.expectation("wavy")
     values = draws.features["wavy"][draws.context == 0].double()
     assert float(estimate.value[0]) == pytest.approx(float(values.mean()))
@@ -104,7 +106,10 @@ def test_figures_name_kernels_positions_and_stuck_chains(caplog):
     with caplog.at_level("WARNING"):
         stuck = infer(lm * one, MCMC(**FEW, max_tries=4096), progress=False)
     assert stuck.info["stuck"][0] == tuple(range(8))
-    assert "8 of 8 chains never moved in context ''" in caplog.text
+    assert "8 of 8 chains never moved in context '' (chains 0, 1, 2, 3, 4, 5, 6, 7); their" in caplog.text
+    with caplog.at_level("WARNING"):
+        infer(lm * one, MCMC(num_chains=9, num_steps=4, warmup=0), progress=False)
+    assert "9 of 9 chains never moved in context '' (chains 0, 1, 2, 3, 4, 5, 6, 7, …); their" in caplog.text
     assert "chains of copies" not in caplog.text
     assert any("constant" in note for note in stuck.info["chain_notes"])
     assert float(stuck.expectation("one").standard_error[0]) == 0.0
@@ -136,7 +141,11 @@ def test_the_certificate_bounds_the_distance():
     assert bool((run.info["certificate"] >= best).all())  # Z at the lower end of its interval
     assert bool((run.info["certificate"] < 1e-2).all())
     assert "certificate" not in infer(model, MCMC(**FEW), progress=False).info
-    assert "certificate" not in infer(SHAPES["soft"](lm), MCMC(**FEW, kernel=Restart()), progress=False).info
+    other = Restart(tiny_lm("tabular", 1))
+    assert "certificate" not in infer(model, MCMC(**FEW, kernel=other), progress=False).info
+    none = infer(SHAPES["hard"](lm), MCMC(**FEW, kernel=Restart()), progress=False).info
+    assert none["certificate"].isnan().tolist() == [True, True]
+    assert "no certificate: factor 'wavy' declares no bound; pass upper=..." in none["chain_notes"]
 
 
 # Starts.
@@ -164,14 +173,30 @@ def test_starts_from_draws_approximations_and_engines():
 
 def test_no_start_says_what_follows_and_few_starts_are_shared():
     lm = tiny_lm("tabular")
-    with pytest.raises(InfeasibleModel, match=r"none of 100 draws .* Pr_π0\(γ > 0\) < .*start=an engine that steers"):
-        infer(lm * Constraint(lambda t: [False] * len(t), name="no"), MCMC(**FEW, max_tries=100), progress=False)
+    never = lm * Reward(wavy) * Constraint(lambda t: [False] * len(t), name="no")
+    words = (
+        r": none of 100 draws .* has γ > 0 \(factor 'no' is 0 on 100\): Pr_π0\(γ > 0\) < .*start=an engine that steers"
+    )
+    with pytest.raises(InfeasibleModel, match="^mcmc" + words):
+        infer(never, MCMC(**FEW, max_tries=100), progress=False)
+    with pytest.raises(InfeasibleModel, match="^tempered" + words):
+        infer(never, Tempered(num_chains=2, max_tries=100), progress=False)
     rare = lm * Constraint(lambda texts: [t == "aaa" for t in texts])
     chance = [float(lm.score(lm.sequences([[0, 0, 0]], [c])).exp()) for c in (0, 1)]
     assert min(chance) > 0
     tries = math.ceil(3 / min(chance))
     run = infer(rare, MCMC(num_chains=64, num_steps=2, warmup=0, max_tries=tries), seed=1, progress=False)
     assert bool((run.info["starts"] < 64).any())
+
+
+def test_a_sweep_that_cannot_begin_is_the_chains_error():
+    class Zero(ArbitraryTwist):
+        def value(self, context, prefix):
+            return super().value(context, prefix) if prefix else -math.inf
+
+    kernel = ParticleGibbs(SMC(2, twist=Zero(3), proposal="prior"))
+    with pytest.raises(InfeasibleModel, match=r"^mcmc, kernel ParticleGibbs: the twist is 0 before the first token"):
+        infer(SHAPES["soft"](tiny_lm("tabular")), MCMC(**FEW, kernel=kernel), progress=False)
 
 
 @pytest.mark.parametrize(
