@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmppl.errors import FactorError, InfeasibleModel, ModelError
 from lmppl.inference.proposals import check_bounds, evaluate_inside
 from lmppl.inference.resampling import effective_sizes, resample, resample_conditionally
 from lmppl.inference.step_proposals import Proposed, StepProposal, StepRows
-from lmppl.inference.twists.lawfulness import broken_form
-from lmppl.inference.twists.product import FactorTwist
+from lmppl.inference.sweep_checks import SweepChecks
 from lmppl.inference.twists.track import TwistTrack
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
@@ -31,8 +29,6 @@ __all__ = ["BOUNDARIES", "Retained", "Schedule", "Sweep", "SweepResult"]
 
 BOUNDARIES = {"word": re.compile(r"\S(?=\s)"), "sentence": re.compile(r"[.!?]+")}
 """What is counted in a row's text: a row is at its next boundary when there is one more."""
-
-LAW_TOLERANCE = 1e-3  # of an incremental form, in nats, relative above 1: float32 sums stay far below it
 
 
 class Schedule(NamedTuple):
@@ -111,8 +107,7 @@ class Sweep:
         self.frontier = Frontier(target.prior, context.repeat_interleave(self.count), cost=target.cost)
         self.device = self.frontier.ids.device
         self.twist = None if twist is None else TwistTrack(twist, self.frontier)
-        known = {f.name for f in target.factors}
-        self.lawful = twist if isinstance(twist, FactorTwist) and known.issuperset(twist.names) else None
+        self.checks = SweepChecks(target, self.frontier, self.twist, self.count, self._draws)
         self.sampler = proposal.start(target, self.frontier)
         self.slots = None if retained is None else retained.slots.clone()
         # Bookkeeping in float64 on the CPU: a number or three a row.
@@ -124,12 +119,12 @@ class Sweep:
         self.parent = self.themselves.view(-1).clone()
         self.texts: list[str | None] = [None] * rows
         self.has_texts = False
-        self.names = [f.name for f in target.factors]
-        self.deaths = torch.zeros(self.groups, len(self.names) + 1, dtype=torch.int64)
         self.dead_at = torch.full((self.groups,), -1)
         self.history: dict[str, list[Any]] = {k: [] for k in ("ess", "log_weights", "ancestors", "resampled")}
-        if self.twist is not None:
-            self._start_twist(self.twist)
+        potential = self.checks.start()
+        if potential is not None:
+            self.log_psi += potential
+            self.log_w += potential
 
     def run(self) -> SweepResult:
         """Propagate until every row has ended."""
@@ -154,16 +149,15 @@ class Sweep:
         tokens, increment, log_prior, weigh = self.sampler.propose(rows, self.source)
         at = live.cpu()
         increment, log_prior, weigh = (x.to("cpu", torch.float64) for x in (increment, log_prior, weigh))
-        if not bool((increment < math.inf).all()):
-            self._refuse_increment(Proposed(tokens, increment, log_prior, weigh), at)
-        self._check_potentials(at)
+        self.checks.increments(Proposed(tokens, increment, log_prior, weigh), at)
+        self.checks.potentials(at, self.log_psi[at])
         self.sampler.append(tokens)
         # Rows of weight zero are read no more: which factor did it is asked before the twist forgets.
         died = increment == -math.inf
         if bool(died.any()):
-            self._blame_twist(at, died, tokens)
+            self.checks.count_deaths(at, died, tokens)
             if given is not None and bool(died[given.cpu() >= 0].any()):
-                self._refuse_death(at[died & (given.cpu() >= 0)])
+                self.checks.refuse_death(at[died & (given.cpu() >= 0)])
         stopped = frontier.append(tokens)
         ended = stopped.cpu()
         self.log_prior[at] += log_prior
@@ -189,12 +183,9 @@ class Sweep:
             for row, text in zip(rows[inside].tolist(), evaluated.text, strict=True):
                 self.texts[row] = text
         log_psi = self.log_psi[rows]
-        self._check_ends(rows[inside], evaluated, log_phi[inside])
+        self.checks.ends(rows[inside], evaluated, log_psi[inside], log_phi[inside])
         self.log_w[rows] += torch.where(log_psi > -math.inf, log_phi - log_psi, -math.inf)
-        group = rows[inside] // self.count
-        for k, name in enumerate(self.names):
-            zero = (evaluated.log_factors[name].cpu() == -math.inf) & ~died[inside]
-            self.deaths[:, k] += torch.bincount(group[zero], minlength=self.groups)
+        self.checks.count_ends(rows[inside], evaluated, died[inside])
 
     def _given(self, live: Tensor) -> Tensor | None:
         """The tokens that retained rows must take, −1 elsewhere."""
@@ -331,7 +322,7 @@ class Sweep:
             "log_weights": torch.stack(self.history["log_weights"]),
             "ancestors": torch.stack(self.history["ancestors"]).to(torch.int32),
             "resampled": torch.stack(self.history["resampled"]),
-            "deaths": self.deaths,
+            "deaths": self.checks.deaths,
             "dead_at": self.dead_at,
         }
         draws = draws.with_columns(log_weight=log_weight, columns={"parent": self.parent})
@@ -345,88 +336,6 @@ class Sweep:
         )
         return Draws(ids, lengths, finished, context, lm.prompts, lm.decode, log_prior=self.log_prior[rows])
 
-    # What can go wrong.
-
-    def _start_twist(self, twist: TwistTrack) -> None:
-        """ψ(∅) of each row: the first weight, so that Ẑ estimates Z whatever ψ(∅) is."""
-        potential = twist.start_potential.to("cpu", torch.float64)
-        if not bool((potential < math.inf).all()):
-            raise FactorError("twist: the potential of the empty completion is nan or +inf, expected a finite number")
-        if bool((potential == -math.inf).any()):
-            c = int(self.frontier.context[int((potential == -math.inf).int().argmax())])
-            who = "the twist is 0"
-            if self.lawful is not None:
-                who = f"one of the factors {', '.join(map(repr, self.lawful.names))} is 0"
-            raise InfeasibleModel(
-                f"smc: {who} before the first token of context {self.target.contexts[c]!r}, so that Z = 0 there"
-            )
-        self.log_psi += potential
-        self.log_w += potential
-
-    def _check_potentials(self, rows: Tensor) -> None:
-        """The forms' potentials are the sums of their increments so far."""
-        if self.lawful is None or self.twist is None:
-            return
-        got, expected = self.twist.potential().to("cpu", torch.float64), self.log_psi[rows]
-        off = ~_agree(got, expected)
-        if bool(off.any()):
-            self._refuse_form(rows[off][:1])
-
-    def _check_ends(self, rows: Tensor, draws: Draws, log_phi: Tensor) -> None:
-        """At the end of a row the forms' potentials are log φ of their factors; a twist is 0 only where γ is."""
-        log_psi = self.log_psi[rows]
-        if self.lawful is None:
-            lost = (log_psi == -math.inf) & (log_phi > -math.inf)
-            if bool(lost.any()):
-                row = int(torch.nonzero(lost)[0, 0])
-                raise ModelError(
-                    f"twist: ψ = 0 for the text {draws.text[row]!r}, which has γ > 0: a twist must be positive "
-                    "wherever γ can still become positive, or E Ẑ < Z and no weight shows it"
-                )
-            return
-        expected = torch.zeros_like(log_psi)
-        for name in self.lawful.names:
-            expected = expected + draws.log_factors[name].cpu()
-        off = ~_agree(log_psi, expected)
-        if bool(off.any()):
-            self._refuse_form(rows[off][:1])
-
-    def _refuse_form(self, row: Tensor) -> None:
-        """Find the factor whose form breaks its law on one row, and raise `FactorError`."""
-        assert self.lawful is not None
-        raise broken_form(self.target, self.lawful.factors, self._draws(row), LAW_TOLERANCE)
-
-    def _refuse_increment(self, proposed: Proposed, rows: Tensor) -> None:
-        bad = int(torch.nonzero(~(proposed.log_increment < math.inf))[0, 0])
-        text = self._draws(rows[bad : bad + 1]).text[0]
-        raise ModelError(
-            f"proposal: the weight of token {int(proposed.tokens[bad])} after the text {text!r} is "
-            f"{float(proposed.log_increment[bad])} in log, with log π0 = {float(proposed.log_prior[bad]):.4g} and "
-            f"twist {float(proposed.weigh[bad]):.4g}: a proposal with q = 0 where π* > 0 does not cover it, and the "
-            "weight γ/q is infinite; mix it with the prior, or propose from the prior"
-        )
-
-    def _refuse_death(self, rows: Tensor) -> None:
-        text = self._draws(rows[:1]).text[0]
-        raise ModelError(
-            f"conditional SMC: the twist, or the proposal's weight, is 0 for a row with γ > 0 after the text {text!r}: "
-            "a twist must be positive wherever γ can still become positive"
-        )
-
-    def _blame_twist(self, rows: Tensor, died: Tensor, tokens: Tensor) -> None:
-        """Count what gave particles weight zero before their end."""
-        at = torch.nonzero(died).squeeze(1)
-        group = rows[at] // self.count
-        known = torch.zeros(len(at), dtype=torch.bool)
-        if self.lawful is not None and self.twist is not None:
-            on_device = at.to(self.device)
-            terms = self.twist.terms(on_device, tokens[on_device])
-            for name, term in zip(self.lawful.names, terms, strict=True):
-                zero = term.cpu() == -math.inf
-                self.deaths[:, self.names.index(name)] += torch.bincount(group[zero], minlength=self.groups)
-                known |= zero
-        self.deaths[:, -1] += torch.bincount(group[~known], minlength=self.groups)
-
     def _report(self) -> None:
         log_w = self.log_w.view(self.groups, self.count)
         ess = effective_sizes(log_w).min()
@@ -438,8 +347,3 @@ class Sweep:
         }
         share = int(self.frontier.lengths.max()) / self.target.prior.max_new_tokens
         self.target.report(1.0 if len(self.frontier.live) == 0 else share, figures)
-
-
-def _agree(got: Tensor, expected: Tensor) -> Tensor:
-    close = (got - expected).abs() <= LAW_TOLERANCE * expected.abs().clamp_min(1.0)
-    return (got == expected) | (close & expected.isfinite())

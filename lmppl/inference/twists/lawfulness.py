@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lmppl.errors import FactorError
 from lmppl.lm.base import Step
@@ -13,7 +14,15 @@ from lmppl.modeling.factors import Factor, start_incremental
 from lmppl.modeling.target import Target
 from lmppl.sequences import Draws
 
-__all__ = ["broken_form"]
+__all__ = ["LAW_TOLERANCE", "agree", "broken_form"]
+
+LAW_TOLERANCE = 1e-3  # of an incremental form, in nats, relative above 1: float32 sums stay far below it
+
+
+def agree(got: Tensor, expected: Tensor) -> Tensor:
+    """Where two values of log φ are the same, as far as an incremental form can be; −inf agrees with −inf alone."""
+    close = (got - expected).abs() <= LAW_TOLERANCE * expected.abs().clamp_min(1.0)
+    return (got == expected) | (close & expected.isfinite())
 
 
 def broken_form(target: Target, factors: Sequence[Factor], row: Draws, tolerance: float) -> FactorError:
