@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["testing"] = {*MAY_IMPORT, "testing"}
 UNITS = set(MAY_IMPORT)
-IMPORTS_DISTRIBUTED_LAZILY = "lmppl/inference/engine.py"
+IMPORTS_DISTRIBUTED_LAZILY = "lmppl/inference/run.py"  # where the run loop is, which is what an executor replaces
 
 HUGGING_FACE_PLACES = (
     "lmppl/lm/",
@@ -173,7 +173,7 @@ HOUSE = {
     "lmppl/modeling/evidence/reward.py": "def load():\n    import transformers",
     "lmppl/modeling/evidence/preference.py": "import pyro\nimport transformers",
     "lmppl/inference/__init__.py": "__all__ = []",
-    "lmppl/inference/engine.py": "def run():\n    from lmppl.distributed import serial\n    return serial",
+    "lmppl/inference/run.py": "def run():\n    from lmppl.distributed import serial\n    return serial",
     "lmppl/inference/smc.py": "from lmppl.diagnostics import weights\nimport lmppl.inference.engine",
     "lmppl/inference/pyro_bridge.py": "import pyro.infer",
     "lmppl/inference/variational/__init__.py": "__all__ = []",
@@ -194,8 +194,8 @@ MUTANTS = [
     ("lmppl/storage.py", "from lmppl import lm", "storage imports"),
     ("lmppl/lm/base.py", "from lmppl.modeling.model import Model", "lm imports"),
     ("lmppl/lm/base.py", "import lmppl.inference", "lm imports"),
-    ("lmppl/modeling/model.py", "from lmppl.inference.engine import infer", "modeling imports"),
-    ("lmppl/modeling/model.py", "def f():\n    from lmppl.inference.engine import infer", "modeling imports"),
+    ("lmppl/modeling/model.py", "from lmppl.inference.run import infer", "modeling imports"),
+    ("lmppl/modeling/model.py", "def f():\n    from lmppl.inference.run import infer", "modeling imports"),
     ("lmppl/modeling/evidence/moments.py", "from lmppl import inference", "modeling imports"),
     ("lmppl/modeling/model.py", "from lmppl.comparison import run", "modeling imports"),
     ("lmppl/inference/smc.py", "import lmppl.comparison.run as run", "inference imports"),
@@ -221,15 +221,16 @@ MUTANTS = [
     ("lmppl/lm/base.py", "from lmppl.diagnostics import weights", "lm imports"),
     ("lmppl/modeling/model.py", "from lmppl.diagnostics import weights", "modeling imports"),
     ("lmppl/cli.py", "from lmppl.diagnostics import weights", "cli imports"),
-    # distributed: inference/engine.py, lazily
-    ("lmppl/inference/engine.py", "from lmppl.distributed import serial", "eagerly"),
-    ("lmppl/inference/engine.py", "class A:\n    import lmppl.distributed", "eagerly"),
+    # distributed: inference/run.py, lazily
+    ("lmppl/inference/run.py", "from lmppl.distributed import serial", "eagerly"),
+    ("lmppl/inference/run.py", "class A:\n    import lmppl.distributed", "eagerly"),
     (
-        "lmppl/inference/engine.py",
+        "lmppl/inference/run.py",
         "if True:\n    from lmppl import distributed",
         "eagerly",
     ),
     ("lmppl/inference/smc.py", "def f():\n    import lmppl.distributed", "inference imports"),
+    ("lmppl/inference/engine.py", "def f():\n    import lmppl.distributed", "inference imports"),
     ("lmppl/comparison/run.py", "def f():\n    from lmppl import distributed", "comparison imports"),
     ("lmppl/__init__.py", "from lmppl import distributed\n__all__ = []", "lmppl imports"),
     ("lmppl/distributed/serial.py", "from lmppl.comparison import run", "distributed imports"),

@@ -136,8 +136,8 @@ def infer(
     with exit_codes(), results_on_stdout() as stdout:
         from lmppl.cli.reporting import check_folder, print_run, run_as_dict
         from lmppl.cli.spec import add_import_folders, load_spec
-        from lmppl.inference.engine import infer as run
         from lmppl.inference.resolve import parse_engine
+        from lmppl.inference.run import infer as run
 
         check_folder(out)
         add_import_folders(spec)
@@ -159,7 +159,8 @@ def infer(
                 say("note", f"the budget ended first: {len(result.draws):,} draws")
         elif stopped:
             where = f"saved to {out}" if out is not None else "shown above; --out saves them"
-            say("interrupted", f"{len(result.draws):,} draws of whole shards are {where}")
+            on = "" if checkpoint is None else "; run the same command again to go on"
+            say("interrupted", f"{len(result.draws):,} draws of whole shards are {where}{on}")
             raise typer.Exit(INTERRUPTED)
 
 

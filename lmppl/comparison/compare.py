@@ -16,9 +16,10 @@ from lmppl.comparison.result import Comparison, Row
 from lmppl.comparison.summaries import summaries
 from lmppl.errors import InterruptedRun, LmpplError, ModelError, SupportTooLarge
 from lmppl.inference.approximation import Approximation, ExactTable
-from lmppl.inference.engine import Budget, Engine, Guarantee, infer, require_instance
+from lmppl.inference.engine import Budget, Engine, Guarantee, require_instance
 from lmppl.inference.exact import Exact
 from lmppl.inference.resolve import parse_engine
+from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import TargetForm

@@ -6,7 +6,7 @@ from lmppl.inference.awrs import AWRS, awrs
 from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
 from lmppl.inference.conditional_smc import Sandwich, conditional_smc, particle_gibbs_step, sandwich
-from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, infer, shard_generator, stream
+from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, shard_generator
 from lmppl.inference.exact import Exact
 from lmppl.inference.guided import GuidedLM
 from lmppl.inference.importance import Importance
@@ -27,6 +27,7 @@ from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
+from lmppl.inference.run import infer, stream
 from lmppl.inference.smc import SMC
 from lmppl.inference.splitting import Splitting
 from lmppl.inference.step_proposals import StepProposal

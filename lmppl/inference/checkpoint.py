@@ -79,6 +79,11 @@ class Checkpoint:
             raise StorageError(f"checkpoint {self.folder}: the folder is not empty and holds no run; give another path")
         atomic_write(manifest, lambda path: path.write_text(json.dumps(self.identity, indent=2), encoding="utf-8"))
 
+    @property
+    def num_parts(self) -> int:
+        """How many whole parts lie there."""
+        return len(list(self.folder.glob("part-*.safetensors")))
+
     def path(self, shard: Shard) -> Path:
         """Where the part of a shard lies."""
         return self.folder / f"part-{shard.id:06d}.safetensors"

@@ -14,7 +14,8 @@ import torch
 from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL
-from lmppl.inference.engine import Shard, infer, shard_generator
+from lmppl.inference.engine import Shard, shard_generator
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.sweep import Retained, SweepResult
 from lmppl.lm.decoding import plan_rows

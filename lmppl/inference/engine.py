@@ -1,4 +1,4 @@
-"""The contract of an inference engine, and `infer`, the one way to run one.
+"""The contract of an inference engine: what it is asked for, what it plans, and what it gives back.
 
 An engine is a frozen dataclass of plain configuration. It says whether it can run (`unsupported_reason`), cuts the work
 into shards (`plan`), computes each from its own seed (`run_shard`) and puts whole shards together (`merge`). A shard is
@@ -9,31 +9,33 @@ texts.
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import torch
 
-from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
+from lmppl.errors import ModelError
 from lmppl.lm.randomness import Source
-from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
 from lmppl.sequences import Cost, Draws
 
 if TYPE_CHECKING:
     from lmppl.inference.approximation import Approximation
-    from lmppl.inference.checkpoint import Checkpoint
-    from lmppl.lm.base import LanguageModel
 
-__all__ = ["Budget", "Engine", "Guarantee", "Part", "Request", "Shard", "infer", "shard_generator", "stream"]
-
-log = logging.getLogger(__name__)
+__all__ = [
+    "Budget",
+    "Engine",
+    "Guarantee",
+    "Part",
+    "Request",
+    "Shard",
+    "make_shard",
+    "require_instance",
+    "shard_generator",
+]
 
 PLAIN_TYPES = {int, float, bool, str, type(None)}
 SHARD_DRAWS = 1024  # draws of one shard, all contexts together, unless the engine says otherwise
@@ -159,7 +161,8 @@ class Engine(ABC):
     guarantee: ClassVar[Guarantee]
     references: ClassVar[tuple[str, ...]] = ()
     surplus: ClassVar[bool] = False
-    """Shards may hold more draws of a context than were asked for; the first ones count."""
+    """Shards may hold more draws of a context than were asked for, because the engine accepts some of what it proposes;
+    the first ones count."""
     sequential: ClassVar[bool] = False
     """A shard starts where the one before ended, which leaves its state in `Part.info["state"]`."""
 
@@ -256,237 +259,6 @@ def make_shard(target: Target, number: int, num_draws: int, seed: int, contexts:
     from lmppl.lm.decoding import plan_rows
 
     return Shard(number, num_draws, seed, contexts, plan_rows(target.prior, num_draws * len(contexts)))
-
-
-def infer(
-    model: Model | LanguageModel,
-    engine: Engine | str | None = None,
-    num_draws: int | None = None,
-    *,
-    budget: Budget | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-    on_part: Callable[[Part], None] | None = None,
-    checkpoint: str | Path | None = None,
-) -> Approximation:
-    """Run an engine on a declaration.
-
-    Parameters
-    ----------
-    model : Model or LanguageModel
-        What is wanted; a bare LM is the model without evidence.
-    engine : Engine, str or None
-        An instance; a name such as "rejection" or "importance(num_draws=4096)"; or None for the first in `ENGINES` that
-        can run, exact ones first.
-    num_draws : int, optional
-        Draws per context; the engine's own default if neither this nor a budget is given.
-    budget : Budget, optional
-        LM tokens or seconds after which the run stops, at the end of a shard.
-    seed : int
-        The same seed and plan give the same draws on the same machine.
-    progress : bool, optional
-        Show a progress bar on stderr; by default where stderr is a terminal.
-    on_part : callable, optional
-        Called with each finished part, for logging.
-    checkpoint : str or Path, optional
-        A folder that keeps the finished shards. A run that was stopped (Ctrl-C, a budget, a crash) goes on from there
-        when it is asked for again, and gives the draws that it would have given unstopped, to the bit.
-
-    Returns
-    -------
-    Approximation
-        Draws with weights, log Ẑ with its interval, cost, guarantee; `status` is "interrupted" where Ctrl-C or a budget
-        ended the run first: whole shards only.
-
-    Raises
-    ------
-    UnsupportedModel
-        With the engine's one-sentence reason.
-    InfeasibleModel
-        Where nothing with γ > 0 was found.
-    InterruptedRun
-        Where the run was stopped before its first shard was whole.
-    StorageError
-        Where the checkpoint is of another run, or cannot be written.
-    """
-    from lmppl.inference.progress import progress_bar
-
-    run = _Run.of(model, engine, Request(num_draws, budget, seed), checkpoint)
-    interrupted = False
-    with progress_bar(run.engine, run.request, progress) as bar:
-        if bar.looks_within:
-            run.target.watcher = lambda share, figures: bar.within(run.shard, share, figures, run.target.cost)
-        try:
-            for part in run.parts():
-                bar.parts(run.done)
-                if on_part is not None:
-                    on_part(part)
-        except KeyboardInterrupt:
-            interrupted, run.complete = True, False
-            if not run.done:
-                message = f"{run.engine.name}: stopped before its first shard was whole; nothing is kept"
-                raise InterruptedRun(message) from None
-            log.warning(
-                "%s: interrupted; %d whole shard(s) with %d draws are kept, the unfinished shard is dropped",
-                run.engine.name,
-                len(run.done),
-                sum(len(p.draws) for p in run.done),
-            )
-    try:
-        return _finish(run)
-    except InfeasibleModel as error:
-        if interrupted:
-            message = f"{run.engine.name}: stopped before any draw was accepted; nothing is kept"
-            raise InterruptedRun(message) from error
-        raise
-
-
-def stream(
-    model: Model | LanguageModel,
-    engine: Engine | str | None = None,
-    num_draws: int | None = None,
-    *,
-    budget: Budget | None = None,
-    seed: int = 0,
-) -> Iterator[Draws]:
-    """The draws of `infer` as they come, shard by shard: for long runs whose draws are used or saved on the way.
-
-    The same draws as `infer(...).draws` with the same arguments, in the order of the shards; weights are raw and on one
-    scale. Closing the iterator stops the run.
-
-    Parameters
-    ----------
-    model, engine, num_draws, budget, seed
-        As in `infer`.
-
-    Yields
-    ------
-    Draws
-        The draws of one whole shard; never empty.
-
-    Raises
-    ------
-    UnsupportedModel
-        With the engine's one-sentence reason.
-    InfeasibleModel
-        At the end, where a context had no draw at all.
-    """
-    run = _Run.of(model, engine, Request(num_draws, budget, seed))
-    seen = [0] * run.target.form.num_contexts
-    wanted = run.engine.wanted(run.request) if run.engine.surplus else None
-    meta = run.meta
-    for part in run.parts():
-        keep = []
-        for row, c in enumerate(part.draws.context.tolist()):
-            seen[c] += 1
-            if wanted is None or seen[c] <= wanted:
-                keep.append(row)
-        # What follows asks how many there were, never which: a long run must not fill the memory.
-        run.done[-1] = replace(part, draws=part.draws.select([]))
-        if keep:
-            yield part.draws.select(keep).with_columns(meta=meta)
-    if min(seen) == 0:
-        run.engine.merge(run.done)  # raises, with what follows about Z
-
-
-class _Run:
-    """One engine at work on one target: the parts so far, and whether the request was met."""
-
-    def __init__(self, engine: Engine, target: Target, request: Request, checkpoint: Checkpoint | None = None) -> None:
-        self.engine, self.target, self.request, self.checkpoint = engine, target, request, checkpoint
-        self.done: list[Part] = []
-        self.shard: Shard | None = None  # at work
-        self.complete = False
-
-    @classmethod
-    def of(
-        cls,
-        model: Model | LanguageModel,
-        engine: Engine | str | None,
-        request: Request,
-        checkpoint: str | Path | None = None,
-    ) -> _Run:
-        """Compile the declaration and choose the engine; refuse what it cannot do."""
-        from lmppl.inference.checkpoint import Checkpoint
-        from lmppl.inference.resolve import resolve_engine
-
-        request.check()
-        target = Target(model if isinstance(model, Model) else Model(model))
-        chosen = resolve_engine(engine, target.form)
-        chosen.check_fields()
-        reason = chosen.unsupported_reason(target.form)
-        if reason is not None:
-            raise UnsupportedModel(reason)
-        kept = None if checkpoint is None else Checkpoint(checkpoint, chosen, target, request.seed)
-        return cls(chosen, target, request, kept)
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What the draws of this run carry: where they come from."""
-        from lmppl.storage import versions
-
-        return {
-            "engine": str(self.engine),
-            "guarantee": self.engine.guarantee.value,
-            "seed": self.request.seed,
-            "spec_hash": self.target.model.spec_hash,
-            "formula": self.target.model.formula,
-            "versions": versions(),
-        }
-
-    def parts(self) -> Iterator[Part]:
-        """Run shards until the request is met, or the budget is spent first."""
-        engine, target, request = self.engine, self.target, self.request
-        shards = engine.plan(target, request)
-        spent = Cost()
-        while shards:
-            for position, shard in enumerate(shards):
-                part = self._stored(shard) or self._computed(shard)
-                self.done.append(part)
-                spent = spent + part.cost
-                yield part
-                if request.budget is not None and request.budget.spent(spent):
-                    rest = len(shards) - position - 1
-                    met = request.num_draws is None or not engine.replan(target, request, self.done)
-                    self.complete = rest == 0 and met
-                    return
-            shards = engine.replan(target, request, self.done)
-        self.complete = True
-
-    def _computed(self, shard: Shard) -> Part:
-        engine, target = self.engine, self.target
-        self.shard = shard
-        before, start = target.cost.copy(), time.perf_counter()
-        state = self.done[-1].info["state"] if engine.sequential and self.done else None
-        part = engine.run_shard(target, shard, state=state)
-        if not isinstance(part, Part):
-            raise ModelError(f"{engine.name}: run_shard returned {type(part).__name__}, expected a Part")
-        target.cost.seconds += time.perf_counter() - start
-        part = replace(part, cost=target.cost - before)
-        if self.checkpoint is not None:
-            self.checkpoint.save(part)
-        return part
-
-    def _stored(self, shard: Shard) -> Part | None:
-        """The part of a shard that an earlier run has finished; its cost counts here too."""
-        part = None if self.checkpoint is None else self.checkpoint.load(shard)
-        if part is not None:
-            self.target.cost.add(part.cost)
-        return part
-
-
-def _finish(run: _Run) -> Approximation:
-    approximation = run.engine.merge(run.done)
-    draws = approximation.draws
-    return replace(
-        approximation,
-        draws=draws.with_columns(meta={**draws.meta, **run.meta}),
-        cost=run.target.cost.copy(),
-        status="complete" if run.complete else "interrupted",
-        engine=run.engine,
-        model=run.target.model,
-        seed=run.request.seed,
-    )
 
 
 def require_instance(value: object) -> Engine:

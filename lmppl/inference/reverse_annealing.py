@@ -13,7 +13,8 @@ from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealedSweepResult, A
 from lmppl.inference.annealing import AIS, TemperedSMC, check_ladder
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.conditional_smc import Sandwich, retained_rows
-from lmppl.inference.engine import Request, Shard, infer, shard_generator
+from lmppl.inference.engine import Request, Shard, shard_generator
+from lmppl.inference.run import infer
 from lmppl.lm.decoding import plan_rows
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from lmppl.errors import InfeasibleModel
 from lmppl.inference.approximation import Approximation, ExactTable
-from lmppl.inference.engine import Engine, Guarantee, Part, infer
+from lmppl.inference.engine import Engine, Guarantee, Part
+from lmppl.inference.run import infer
 from lmppl.modeling.target import TargetForm
 from lmppl.testing.posterior_laws import Coverage, check_approximate, check_consistent, check_exact
 from lmppl.testing.problems import references

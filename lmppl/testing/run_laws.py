@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lmppl.inference.approximation import Approximation
-from lmppl.inference.engine import Engine, Part, infer
+from lmppl.inference.engine import Engine, Part
+from lmppl.inference.run import infer
 from lmppl.modeling.target import Target
 from lmppl.sequences import Draws
 from lmppl.testing.reference import ReferencePosterior

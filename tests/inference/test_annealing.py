@@ -12,12 +12,13 @@ import torch
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.annealed_sweep import AnnealedSweep, backward_path, conditional_ess, next_level
 from lmppl.inference.annealing import AIS, AnnealingShard, TemperedSMC
-from lmppl.inference.engine import Budget, Guarantee, infer
+from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.exact import Exact
 from lmppl.inference.mcmc import Kernel, Mixture, Restart, SuffixResample
 from lmppl.inference.mcmc.chains import StepInfo
 from lmppl.inference.resampling import RESAMPLING
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
+from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Reward

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError, UnsupportedModel
 from lmppl.inference.awrs import AWRS, WeightedTokens, awrs
-from lmppl.inference.engine import infer
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.step_proposals import StepProposal, StepRows
 from lmppl.lm import LM

@@ -11,7 +11,8 @@ from lmppl.diagnostics.divergences import kl_divergence, total_variation
 from lmppl.errors import InfeasibleModel, ModelError, SupportTooLarge, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law, choose_of_each, soft_best_of_n_law
-from lmppl.inference.engine import Budget, Guarantee, infer
+from lmppl.inference.engine import Budget, Guarantee
+from lmppl.inference.run import infer
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward

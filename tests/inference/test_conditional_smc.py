@@ -9,9 +9,9 @@ import torch
 from lmppl.errors import ModelError
 from lmppl.inference import resampling
 from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step, sandwich
-from lmppl.inference.engine import infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.lm.randomness import Source
 from lmppl.lm.tabular import TabularLM

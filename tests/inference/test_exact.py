@@ -8,9 +8,10 @@ import torch
 from lmppl.errors import ContextError, FactorError, InfeasibleModel, ModelError, SupportTooLarge, UnsupportedModel
 from lmppl.inference.approximation import ExactTable
 from lmppl.inference.dynamic_programming import AutomatonLM, product_machine, soft_values
-from lmppl.inference.engine import Guarantee, infer
+from lmppl.inference.engine import Guarantee
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.run import infer
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.constraint import Constraint

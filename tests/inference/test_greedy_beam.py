@@ -8,8 +8,9 @@ import torch
 from lmppl.comparison import compare
 from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.beam_search import Beam, Greedy, search
-from lmppl.inference.engine import Guarantee, infer
+from lmppl.inference.engine import Guarantee
 from lmppl.inference.prefix_scores import PrefixScore
+from lmppl.inference.run import infer
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward

@@ -13,10 +13,10 @@ from torch import Tensor
 from lmppl.diagnostics.divergences import kl_divergence, total_variation, total_variation_from_weights
 from lmppl.diagnostics.normalizers import log_mean_weight
 from lmppl.inference.approximation import ExactTable
-from lmppl.inference.engine import infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import importance_log_weights
 from lmppl.inference.rejection import log_acceptance_probability
+from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward

@@ -13,9 +13,10 @@ from torch import Tensor
 from lmppl.diagnostics import log_mean_weight
 from lmppl.errors import FactorError, InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Particles
-from lmppl.inference.engine import Guarantee, Part, infer
+from lmppl.inference.engine import Guarantee, Part
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance, importance_log_weights, log_mixture
+from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Optimality, Reward

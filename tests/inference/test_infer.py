@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -115,6 +117,36 @@ def test_ctrl_c_keeps_whole_shards_and_says_so(caplog: pytest.LogCaptureFixture)
         infer(model(), Pressed(at=0), 3000)
 
 
+def test_an_interrupted_run_with_a_checkpoint_says_how_to_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    go_on = re.escape(f"run the same call again with checkpoint={str(folder)!r}")
+    with pytest.raises(InterruptedRun, match="nothing is kept"):
+        infer(model(), Pressed(at=0), 3000, checkpoint=tmp_path / "none")
+    infer(model(), Pressed(at=2), 3000, checkpoint=folder)
+    assert re.search(go_on, caplog.text)
+
+    def pressed(part: Part) -> None:
+        raise KeyboardInterrupt
+
+    again = infer(model(), Pressed(at=2), 3000, checkpoint=folder, on_part=pressed)
+    assert len(again.draws) == 1024
+
+    class Refusing(Pressed):
+        def merge(self, parts: Any) -> Any:
+            raise InfeasibleModel("nothing")
+
+    for surplus, made in ((False, "a draw with γ > 0 was made"), (True, "any draw was accepted")):
+        refusing = type("Refusing", (Refusing,), {"surplus": surplus, "fingerprint": "x"})
+        place = tmp_path / str(surplus)
+        there = re.escape(f"checkpoint={str(place)!r}")
+        with pytest.raises(InterruptedRun, match=f"before {made}; its checkpoint holds 2 whole shard.*{there}"):
+            infer(model(), refusing(at=2), 3000, checkpoint=place)
+        with pytest.raises(InterruptedRun, match=f"before {made}; nothing is kept"):
+            infer(model(), refusing(at=2), 3000)
+
+
 def test_the_bar_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     infer(model(), "importance", 3000)
     infer(model(), "importance", 3000, progress=False)
@@ -200,6 +232,8 @@ def test_closing_a_stream_stops_the_run() -> None:
         ({"engine": Importance(2.5)}, "importance: got num_draws=2.5, expected int"),
         ({"engine": BestOfN(2.5)}, "got n=2.5, expected int"),
         ({"seed": "a"}, "seed: got 'a', expected an integer"),
+        ({"on_part": 3}, "on_part: got 3, expected a function of a Part"),
+        ({"checkpoint": 3}, "checkpoint: got 3, expected the path of a folder"),
         ({"budget": 100}, "budget: got 100, expected lmppl.Budget"),
         ({"budget": Budget(seconds=-1)}, "seconds=-1, expected a positive number"),
     ],

@@ -11,8 +11,9 @@ from torch import Tensor
 from lmppl.diagnostics.quasi_rejection import quasi_rejection_curve
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
 from lmppl.inference.approximation import Sampler
-from lmppl.inference.engine import Budget, Guarantee, Request, infer, stream
+from lmppl.inference.engine import Budget, Guarantee, Request
 from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionShard
+from lmppl.inference.run import infer, stream
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Reward
 from lmppl.modeling.model import Model

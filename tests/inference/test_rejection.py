@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lmppl.errors import BudgetExhausted, FactorError, InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
-from lmppl.inference.engine import Budget, Guarantee, Request, infer
+from lmppl.inference.engine import Budget, Guarantee, Request
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
+from lmppl.inference.run import infer
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature

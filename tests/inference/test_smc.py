@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
-from lmppl.inference.engine import infer
 from lmppl.inference.genealogy import ancestor_paths, distinct_ancestors
 from lmppl.inference.importance import Importance
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.step_proposals import OptimalProposal, PriorProposal
 from lmppl.inference.twists import FactorTwist, ProductTwist

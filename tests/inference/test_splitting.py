@@ -9,8 +9,9 @@ import torch
 
 import lmppl.inference.splitting as module
 from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
-from lmppl.inference.engine import Budget, Guarantee, infer
+from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.mcmc import Restart, SuffixResample
+from lmppl.inference.run import infer
 from lmppl.inference.splitting import Splitting, SplittingShard, killed
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError
-from lmppl.inference.engine import infer
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.twists import ExactTwist, FactorTwist, ProductTwist
 from lmppl.inference.twists.track import TwistTrack

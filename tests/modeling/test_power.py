@@ -7,10 +7,10 @@ import torch
 
 from lmppl.diagnostics.divergences import total_variation
 from lmppl.errors import FactorError, ModelError, UnsupportedModel
-from lmppl.inference.engine import infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.lm.base import Step
 from lmppl.lm.derived import TemperedLM

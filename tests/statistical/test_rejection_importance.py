@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lmppl.diagnostics import normalised_log_weights, pareto_smooth
-from lmppl.inference.engine import infer
 from lmppl.inference.importance import Importance
 from lmppl.inference.rejection import Rejection
+from lmppl.inference.run import infer
 from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.model import Model
 from lmppl.sequences import Draws, Estimate

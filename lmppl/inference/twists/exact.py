@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lmppl.errors import UnsupportedModel
 from lmppl.inference.approximation import ExactTable
-from lmppl.inference.engine import infer
 from lmppl.inference.exact import Exact
 from lmppl.inference.posterior_lm import PosteriorLM
 from lmppl.inference.prefix_tree import PrefixTreeLM
+from lmppl.inference.run import infer
 from lmppl.lm.base import ENUMERATION_GUARD, LanguageModel
 from lmppl.modeling.model import Model
 

@@ -190,8 +190,8 @@ def _positives(
     target: Target, model: Model, source: Draws | Engine | str, twist: LearnedTwist, seed: int, done: int
 ) -> TrainingSet:
     """Draws of π*, from an engine or as they were given, with their hidden states; their cost is the target's."""
-    from lmppl.inference.engine import infer
     from lmppl.inference.resolve import resolve_engine
+    from lmppl.inference.run import infer
 
     if isinstance(source, Draws):
         return given_training_set(target, source, positives=True)
