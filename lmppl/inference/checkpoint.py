@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from lmppl.errors import ModelError, StorageError
 from lmppl.inference.engine import Engine, Part, Shard
 from lmppl.modeling.function_contents import content_digest
+from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, Sequences
 from lmppl.storage import atomic_write, pack, unpack, versions
@@ -59,6 +60,7 @@ class Checkpoint:
         self.prior = target.prior
         self.identity = {
             "format": FORMAT,
+            "model": model_identity(target.model),
             "spec_hash": target.model.spec_hash,
             "formula": target.model.formula,
             "engine": engine_identity(engine),
@@ -180,6 +182,18 @@ def engine_identity(engine: Any) -> Any:
     )
 
 
+def model_identity(model: Model) -> dict[str, Any]:
+    """A declaration piece by piece, to say which one differs: the LM's fingerprint and a digest of each factor."""
+    graph = model.graph.to_dict()
+    factors = {}
+    for factor, data in zip(model.factors, graph["factors"], strict=True):
+        features = [one for one in graph["features"] if one["name"] in data["features"]]
+        functions = [content_digest(f.fn) for f in factor.features if f.fingerprint is None]
+        content = json.dumps([data, features, functions, content_digest(factor.log_factor)], sort_keys=True)
+        factors[factor.name] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return {"lm": model.prior.fingerprint, "factors": factors}
+
+
 def _columns() -> tuple[str, ...]:
     return (*SEQUENCES, "log_weight", "log_prior", "log_q", "features", "log_factors", "columns")
 
@@ -206,9 +220,47 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _require_same(folder: Path, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for name, value in expected.items():
-        if got.get(name) != value:
-            raise StorageError(
-                f"checkpoint {folder} belongs to another run: its {name} is {got.get(name)!r}, expected {value!r}; "
-                "give another folder, or delete this one to start again"
-            )
+    found = next((f for name in expected if (f := first_difference(got.get(name), expected[name], name))), None)
+    if found is None:
+        return
+    match found.path:
+        case ("model", "lm"):
+            what = f"its LM is another one, or asked for other contexts: {found.got}, expected {found.expected}"
+        case ("model", "factors", name, *_):
+            there, here = found.got is not MISSING, found.expected is not MISSING
+            what = f"its factor {name!r} is declared otherwise, or its function has other contents"
+            if not (there and here):
+                what = (
+                    f"it has {'a' if there else 'no'} factor {name!r}, and this model has {'one' if here else 'none'}"
+                )
+        case path:
+            what = f"its {'.'.join(path)} is {_shown(found.got)}, expected {_shown(found.expected)}"
+    raise StorageError(
+        f"checkpoint {folder} belongs to another run: {what}; give another folder, or delete this one to start again"
+    )
+
+
+class Difference(NamedTuple):
+    """Where two pieces of plain data differ first, and what stands there; `MISSING` where nothing does."""
+
+    path: tuple[str, ...]
+    got: Any
+    expected: Any
+
+
+MISSING = object()
+
+
+def first_difference(got: Any, expected: Any, *path: str) -> Difference | None:
+    """The first field, in the order of `expected`, in which two pieces of plain data differ; None where they agree."""
+    if isinstance(got, Mapping) and isinstance(expected, Mapping):
+        both = ((key, got.get(key, MISSING), expected.get(key, MISSING)) for key in [*expected, *got])
+        return next((f for key, a, b in both if (f := first_difference(a, b, *path, str(key)))), None)
+    if isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):
+        both = ((i, a, b) for i, (a, b) in enumerate(zip(got, expected, strict=True)))
+        return next((f for i, a, b in both if (f := first_difference(a, b, *path, str(i)))), None)
+    return None if got == expected else Difference(path, got, expected)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is MISSING else repr(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,11 @@ class Stop(Exception):
     """In place of a crash."""
 
 
+def louder(texts: list[str]) -> list[float]:
+    """Another function than `wavy`, for a factor of the same name."""
+    return [value - 0.1 for value in wavy(texts)]
+
+
 def crash_after(count: int):
     seen: list[Part] = []
 
@@ -132,10 +138,21 @@ def test_a_budget_can_be_raised(tmp_path: Path) -> None:
     [
         (lambda folder: infer(model(), Importance(), 100, seed=2, checkpoint=folder), "its seed is 1"),
         (lambda folder: infer(model(), Importance(proposal=enumerable_lm("tabular", seed=2)), 100, seed=1,
-                              checkpoint=folder), "its engine is"),
-        (lambda folder: infer(model(), BestOfN(4), 100, seed=1, checkpoint=folder), "its engine is"),
-        (lambda folder: infer(enumerable_lm("tabular") * Reward(wavy, beta=0.6), Importance(), 100, seed=1,
-                              checkpoint=folder), "its spec_hash is"),
+                              checkpoint=folder), "its engine.proposal is None, expected 'TabularLM "),
+        (lambda folder: infer(model(), BestOfN(4), 100, seed=1, checkpoint=folder),
+         "its engine.type is 'lmppl.inference.importance.Importance', expected 'lmppl.inference.best_of_n.BestOfN'"),
+        (lambda folder: infer(model(), Importance(7), 100, seed=1, checkpoint=folder),
+         "its engine.num_draws is 1000, expected 7"),
+        (lambda folder: infer(enumerable_lm("tabular") * Reward(wavy, beta=0.6, upper=1.0), Importance(), 100, seed=1,
+                              checkpoint=folder), "its factor 'wavy' is declared otherwise"),
+        (lambda folder: infer(enumerable_lm("tabular") * Reward(louder, beta=0.5, upper=1.0, name="wavy"),
+                              Importance(), 100, seed=1, checkpoint=folder), "its factor 'wavy' is declared otherwise"),
+        (lambda folder: infer(model() * Reward(wavy, name="more"), Importance(), 100, seed=1, checkpoint=folder),
+         "it has no factor 'more', and this model has one"),
+        (lambda folder: infer(model().without("wavy"), Importance(), 100, seed=1, checkpoint=folder),
+         "it has a factor 'wavy', and this model has none"),
+        (lambda folder: infer(enumerable_lm("tabular", seed=1) * Reward(wavy, beta=0.5, upper=1.0), Importance(), 100,
+                              seed=1, checkpoint=folder), "its LM is another one"),
     ],
 )  # fmt: skip
 def test_another_run_is_refused_and_the_folder_kept(other, what: str, tmp_path: Path) -> None:
@@ -177,6 +194,18 @@ def test_a_damaged_manifest_and_a_strange_folder_are_refused(tmp_path: Path) -> 
         infer(model(), Importance(), 100, checkpoint=tmp_path / "notes")
     with pytest.raises(StorageError, match="no folder"):
         infer(model(), Importance(), 100, checkpoint=tmp_path / "notes" / "mine.txt")
+
+
+def test_lists_and_versions_are_compared_field_by_field(tmp_path: Path) -> None:
+    infer(model(), AIS(8, ladder=(0.0, 0.5, 1.0)), 8, seed=1, checkpoint=tmp_path)
+    with pytest.raises(StorageError, match=r"its engine\.ladder\.1 is 0\.5, expected 0\.6"):
+        infer(model(), AIS(8, ladder=(0.0, 0.6, 1.0)), 8, seed=1, checkpoint=tmp_path)
+    manifest = tmp_path / "run.json"
+    manifest.write_text(manifest.read_text().replace(f'"{torch.__version__}"', '"0.1"'))
+    with pytest.raises(
+        StorageError, match=rf"its versions\.torch is '0\.1', expected '{re.escape(torch.__version__)}'"
+    ):
+        infer(model(), AIS(8, ladder=(0.0, 0.5, 1.0)), 8, seed=1, checkpoint=tmp_path)
 
 
 def test_a_configuration_without_a_fingerprint_cannot_be_recognised() -> None:
@@ -235,5 +264,5 @@ def test_kill_9_in_mid_run_and_resumption(tmp_path: Path) -> None:
 
 def test_priors_without_their_own_content_hash_are_not_confused(tmp_path: Path) -> None:
     infer(TabularLM.random(3, 3, seed=0) * Reward(wavy), Importance(), 50, checkpoint=tmp_path)
-    with pytest.raises(StorageError, match="spec_hash"):
+    with pytest.raises(StorageError, match="its LM is another one"):
         infer(TabularLM.random(3, 3, seed=1) * Reward(wavy), Importance(), 50, checkpoint=tmp_path)
