@@ -1,6 +1,6 @@
 """HOW: engines that turn a declaration into draws, each one published algorithm in its own file."""
 
-from lmppl.inference.annealing import AIS, TemperedSMC
+from lmppl.inference.ais import AIS
 from lmppl.inference.approximation import Approximation, Chains, ExactTable, Particles, Sampler
 from lmppl.inference.awrs import AWRS, awrs
 from lmppl.inference.beam_search import Beam, Greedy
@@ -31,6 +31,7 @@ from lmppl.inference.run import infer, stream
 from lmppl.inference.smc import SMC
 from lmppl.inference.splitting import Splitting
 from lmppl.inference.step_proposals import StepProposal
+from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.inference.twists import ExactTwist, FactorTwist, LearnedTwist, ProductTwist, learn_twist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 

@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from lmppl.errors import ModelError, UnsupportedModel
-from lmppl.inference.annealing import AIS, TemperedSMC
+from lmppl.inference.ais import AIS
 from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN
 from lmppl.inference.engine import Engine, Guarantee, require_instance
@@ -26,6 +26,7 @@ from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.smc import SMC
 from lmppl.inference.splitting import Splitting
+from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.modeling.target import TargetForm
 

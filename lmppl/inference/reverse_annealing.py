@@ -9,12 +9,14 @@ from torch import Tensor
 
 from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
+from lmppl.inference.ais import AIS
+from lmppl.inference.annealed import check_ladder
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealedSweepResult, AnnealingSchedule, backward_path
-from lmppl.inference.annealing import AIS, TemperedSMC, check_ladder
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.conditional_smc import Sandwich, retained_rows
 from lmppl.inference.engine import Request, Shard, shard_generator
 from lmppl.inference.run import infer
+from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.lm.decoding import plan_rows
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.inference.ais import AIS
+from lmppl.inference.annealed import AnnealingShard
 from lmppl.inference.annealed_sweep import AnnealedSweep, backward_path, conditional_ess, next_level
-from lmppl.inference.annealing import AIS, AnnealingShard, TemperedSMC
 from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.exact import Exact
 from lmppl.inference.mcmc import Kernel, Mixture, Restart, SuffixResample
@@ -19,6 +20,7 @@ from lmppl.inference.mcmc.chains import StepInfo
 from lmppl.inference.resampling import RESAMPLING
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
 from lmppl.inference.run import infer
+from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Reward
@@ -441,6 +443,9 @@ def test_all_dead_names_the_factor_the_temperature_and_the_bound() -> None:
     [
         (AIS(0), "num_particles=0"),
         (AIS(4, 0), "num_temperatures=0"),
+        (AIS(4, ladder=()), r"got ladder=\(\), expected rising numbers from 0.0 to 1.0"),
+        (TemperedSMC(4, ladder=()), r"got ladder=\(\), expected rising numbers from 0.0 to 1.0"),
+        (AIS(4, ladder=(0.0, "half", 1.0)), "expected rising numbers"),
         (AIS(4, ladder=(0.0, 0.5)), "expected rising numbers"),
         (AIS(4, ladder=(0.0, 0.5, 0.5, 1.0)), "expected rising numbers"),
         (AIS(4, kernel=()), "expected a kernel"),
