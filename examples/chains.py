@@ -18,9 +18,9 @@ def brevity(texts: list[str]) -> list[float]:
 
 
 prior = lmppl.LM("tiny", context="The film was", max_new_tokens=12)
-model = prior * lmppl.Reward(brevity, beta=0.5, upper=0.0)
+model = prior * lmppl.Reward(brevity, beta=1.5, upper=0.0)
 kernel = Mixture((Restart(), SuffixResample()), weights=(1.0, 3.0))
-engines = [lmppl.MCMC(num_chains=32, num_steps=8, warmup=24, kernel=kernel), lmppl.Importance(64)]
+engines = [lmppl.MCMC(num_chains=16, num_steps=8, warmup=16, kernel=kernel), lmppl.Importance(128)]
 
 
 if __name__ == "__main__":

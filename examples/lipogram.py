@@ -5,7 +5,8 @@
 
 One prior text in twelve has no t. `Rejection` throws the others away at their end. The constraint is an automaton, so
 that `SMC` knows before each token which ones are lost: its particles never meet a t, and their weights say how much
-probability the constraint has cost. The reward enters at the end of a text.
+probability the constraint has cost. The reward enters at the end of a text. `Greedy` obeys the constraint as well, and
+knows one text.
 """
 
 import lmppl
@@ -22,7 +23,7 @@ model = (
     * lmppl.Constraint(lmppl.Automaton.avoiding("t"), name="no_t")
     * lmppl.Reward(words, beta=0.5, upper=1.0)
 )  # fmt: skip
-engines = [lmppl.Rejection(), lmppl.Importance(1024), lmppl.SMC(64)]
+engines = [lmppl.Rejection(), lmppl.Importance(1024), lmppl.SMC(64), lmppl.Greedy()]
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lmppl.cli import app
+from lmppl.inference.resolve import ENGINES
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECS = sorted(path for path in EXAMPLES.glob("*.py") if "\nmodel = " in path.read_text(encoding="utf-8"))
 NEEDS = {"reviews.py": ("profanity_check", "vaderSentiment")}
 # Draws per context, small enough for what each declaration costs.
-FEW = {"enumerate.py": 50, "paris.py": 1}
+FEW = {"chains.py": 10, "enumerate.py": 50, "guided.py": 8, "paris.py": 1, "rare.py": 10}
 
 
 @pytest.fixture(params=SPECS, ids=lambda path: path.name)
@@ -35,7 +36,7 @@ def call(*arguments: str) -> Result:
 
 
 def test_there_are_specs() -> None:
-    assert {"enumerate.py", "paris.py", "reviews.py"} <= {path.name for path in SPECS}
+    assert {"enumerate.py", "paris.py", "rare.py", "reviews.py"} <= {path.name for path in SPECS}
 
 
 def test_a_spec_is_short_and_says_how_to_run_it(spec: Path) -> None:
@@ -50,9 +51,17 @@ def test_check_infer_and_compare(spec: Path, tmp_path: Path) -> None:
     out = tmp_path / "draws.jsonl"
     call("infer", str(spec), "--num-draws", few, "--out", str(out))
     assert out.is_file()
+    own = call("compare", str(spec), "--num-draws", few).stdout
+    for engine in runpy.run_path(str(spec))["engines"]:
+        assert f"\n{engine.name}" in own
     table = call("compare", str(spec), "--engines", "rejection,best_of_n(n=2)", "--num-draws", few).stdout
     assert "rejection" in table
     assert "best_of_n" in table
+
+
+def test_every_engine_is_in_an_example() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in SPECS)
+    assert [kind.__name__ for kind in ENGINES if f"lmppl.{kind.__name__}" not in text] == []
 
 
 def test_enumerate_runs_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
