@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,32 +17,16 @@ from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Particles
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.mcmc import Kernel, SuffixResample
-from lmppl.inference.proposals import check_bounds, draw_from
-from lmppl.inference.resampling import effective_sizes
+from lmppl.inference.refusals import first_context
+from lmppl.inference.splitting_sweep import SplittingSchedule, SplittingSweep, rounds_of
 from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Feature
-from lmppl.modeling.target import Target, TargetForm, log_evidence
-from lmppl.modeling.user_functions import evaluate
-from lmppl.sequences import Draws, concatenate
+from lmppl.modeling.target import Target, TargetForm
+from lmppl.sequences import concatenate
 
-__all__ = ["Splitting", "SplittingShard", "killed", "log_share_left"]
+__all__ = ["Splitting", "SplittingShard"]
 
-MAX_LEVELS = 2000
-
-
-def killed(scores: Tensor, share: float) -> Tensor:
-    """(N,) bool: the particles at or below the level, which is the k-th lowest score, k = ⌈share·N⌉.
-
-    **All** particles at the level are killed, the ties too: then K/N, K ≥ k, is the mass at or below the level, and
-    1 − K/N is an unbiased factor of Ẑ. Killing k of several tied particles would not be (`brehier2016`).
-    """
-    k = max(1, math.ceil(share * len(scores) - 1e-9))
-    return scores <= torch.kthvalue(scores, k).values
-
-
-def log_share_left(masks: Tensor) -> Tensor:
-    """(G,) log(1 − K/N), with K = number of particles killed in each group, by `masks` (G, N); −inf where all are."""
-    return torch.log1p(-masks.double().mean(1))
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,20 +163,24 @@ class Splitting(Engine):
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """One sweep of every context."""
         assert isinstance(shard, SplittingShard)
-        sweep = _Sweep(self, target, shard, source)
+        schedule = SplittingSchedule(self.num_particles, self.kill_share, self.score, self.moves)
+        sweep = SplittingSweep(target, schedule, shard.contexts, shard.tops, source)
         sweep.run()
         draws = sweep.weighted()
+        log_z = sweep.log_z(draws)
         if not shard.tops:
             draws = draws.select([])
         number = torch.full_like(draws.context, shard.id)
         columns = {"sweep": number, "shard": number, **draws.columns}
         info = {
-            "log_z": sweep.log_z(),
+            "log_z": log_z,
             "tops": torch.tensor(sweep.tops, dtype=torch.float64),
             "highest": sweep.highest(),
             "dead": sweep.dead(),
+            "flat": sweep.flat,
+            "first_score": sweep.first_score,
             "factors": [f.name for f in target.factors],
-            **{name: _rounds(rows, sweep.groups) for name, rows in sweep.history.items()},
+            **{name: rounds_of(rows, sweep.groups) for name, rows in sweep.history.items()},
         }
         return Part(shard, draws.with_columns(columns=columns), info=info)
 
@@ -203,6 +192,7 @@ class Splitting(Engine):
         draws = concatenate([p.draws for p in sweeps])
         log_z = torch.stack([p.info["log_z"] for p in sweeps], -1)
         self._refuse_all_dead(draws.prompts, log_z, sweeps)
+        _warn_of_first_scores(draws.prompts, parts)
         draws = draws.select(torch.argsort(draws.context, stable=True))
         assert draws.log_weight is not None
         rows = torch.bincount(draws.context, minlength=len(log_z)).double()
@@ -251,7 +241,7 @@ class Splitting(Engine):
             raise ModelError(f"Splitting: got kernel={self.kernel!r}, expected a kernel, or a tuple of them")
         for kernel in self.moves:
             kernel.check(target)
-        known = (*target.form.factor_names, *target.model.features)
+        known = {*target.form.factor_names, *target.model.features}
         if isinstance(self.score, str) and self.score not in known:
             raise ModelError(f"Splitting: score {self.score!r} names no factor or feature; there are {sorted(known)}")
         if self.score is not None and not isinstance(self.score, str | Feature) and not callable(self.score):
@@ -263,10 +253,10 @@ class Splitting(Engine):
 
     def _refuse_all_dead(self, prompts: Sequence[str], log_z: Tensor, parts: Sequence[Part]) -> None:
         """Raise where every sweep of a context has Ẑ = 0."""
-        empty = torch.nonzero((log_z == -math.inf).all(-1)).squeeze(1).tolist()
-        if not empty:
+        found = first_context((log_z == -math.inf).all(-1))
+        if found is None:
             return
-        c, also = empty[0], f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
+        c, also = found
         highest = max(float(p.info["highest"][c]) for p in parts)
         dead = torch.stack([p.info["dead"][c] for p in parts]).sum(0)
         worst = parts[0].info["factors"][int(dead.argmax())]
@@ -279,195 +269,15 @@ class Splitting(Engine):
         )
 
 
-class _Score:
-    """S (B,) of evaluated draws; a function of the user's runs once on each distinct text."""
-
-    def __init__(self, engine: Splitting, target: Target) -> None:
-        self.target, self.score = target, engine.score
-        self.feature: Feature | None = None
-        if self.score is not None and not isinstance(self.score, str):
-            given = self.score
-            named = getattr(given, "__name__", "score")
-            self.feature = given if isinstance(given, Feature) else Feature(named, given)
-        self.known: dict[Hashable, float] = {}
-
-    def __call__(self, draws: Draws) -> Tensor:
-        if self.score is None:
-            values = log_evidence(draws)
-        elif isinstance(self.score, str):
-            values = {**draws.features, **draws.log_factors}[self.score]
-        else:
-            values = self._of_function(draws)
-        if values.dim() != 1:
-            raise ModelError(f"Splitting: the score has {values.shape[1]} values a text, expected one number")
-        values = values.double().cpu()
-        bad = torch.nonzero(values.isnan() | (values == math.inf))
-        if len(bad):
-            row = int(bad[0, 0])
-            raise ModelError(f"Splitting: the score is {float(values[row])} for the text {draws.text[row]!r}")
-        return values
-
-    def _of_function(self, draws: Draws) -> Tensor:
-        assert self.feature is not None
-        keys = draws.keys()
-        fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self.known}
-        if fresh:
-            rows = list(fresh.values())
-            values = evaluate(self.feature, draws.select(rows), factor=f"score {self.feature.name}")
-            if values.dim() != 1:
-                return values
-            self.known.update(zip(fresh, values.tolist(), strict=True))
-        self.target.cost.factor_calls += len(fresh)
-        self.target.cost.cache_hits += len(keys) - len(fresh)
-        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
-
-
-class _Sweep:
-    """One sweep of every context of a shard; a group is a context."""
-
-    def __init__(self, engine: Splitting, target: Target, shard: SplittingShard, source: Source) -> None:
-        self.engine, self.target, self.source = engine, target, source
-        self.contexts, self.count = torch.tensor(shard.contexts), engine.num_particles
-        self.groups = len(shard.contexts)
-        self.pilot = not shard.tops
-        self.tops = [math.inf] * self.groups if self.pilot else list(shard.tops)
-        self.score = _Score(engine, target)
-        drawn = draw_from(target.prior, self.contexts.repeat_interleave(self.count), source, cost=target.cost)
-        self.draws = self._bare(target.evaluate(drawn))
-        check_bounds(self.draws, target.factors)
-        self.scores = self.score(self.draws).view(self.groups, self.count)
-        self.parent = torch.arange(self.count).repeat(self.groups)
-        self.log_p = torch.zeros(self.groups, dtype=torch.float64)  # log weight of a particle that is left
-        self.retired: list[Draws] = []
-        self.left = torch.ones(self.groups, dtype=torch.bool)  # groups with particles left
-        self.history: dict[str, list[Tensor]] = {"levels": [], "killed": [], "acceptance": []}
-
-    def run(self) -> None:
-        """Round after round, until every context has ended."""
-        active = torch.ones(self.groups, dtype=torch.bool)
-        number = 0
-        while True:
-            masks = torch.stack([killed(s, self.engine.kill_share) for s in self.scores])
-            levels = torch.where(masks, self.scores, -math.inf).amax(1)
-            active &= self.left
-            if self.pilot:
-                self._end_pilot(active, levels)
-            active &= levels < torch.tensor(self.tops, dtype=torch.float64)
-            if not bool(active.any()):
-                return
-            if number == MAX_LEVELS:
-                raise ModelError(
-                    f"splitting: no end after {MAX_LEVELS} rounds, at score {float(levels[active][0]):.4g}; give top=, "
-                    "or raise kill_share"
-                )
-            self._round(active, masks & active[:, None], levels, number)
-            number += 1
-
-    def _end_pilot(self, active: Tensor, levels: Tensor) -> None:
-        """A context's pilot ends where the weights φ of its particles are even: its level is the top of the others."""
-        log_phi = log_evidence(self.draws).view(self.groups, self.count)
-        even = (effective_sizes(log_phi) >= 0.5 * self.count) | (self.scores.amin(1) == self.scores.amax(1))
-        for g in torch.nonzero(active & even).squeeze(1).tolist():
-            self.tops[g] = float(levels[g])
-
-    def _round(self, active: Tensor, masks: Tensor, levels: Tensor, number: int) -> None:
-        self._retire(masks, number)
-        deaths = masks.sum(1)
-        self.log_p += torch.where(active, log_share_left(masks), 0.0)
-        self.left &= deaths < self.count
-        replaced = masks & self.left[:, None]
-        rows = torch.nonzero(replaced.view(-1)).squeeze(1)
-        accepted, proposed = torch.zeros(2, self.groups, dtype=torch.float64)
-        if len(rows):
-            group = rows // self.count
-            survivors = [torch.nonzero(~mask).squeeze(1) for mask in masks]
-            chosen = self.source.integers(torch.tensor([len(survivors[g]) for g in group.tolist()]))
-            parents = torch.stack(
-                [survivors[g][i] + g * self.count for g, i in zip(group.tolist(), chosen.tolist(), strict=True)]
-            )
-            moved = self._moved(parents, levels, group, accepted, proposed)
-            self.parent[rows] = self.parent[parents]
-            index = torch.arange(len(self.draws))
-            index[rows] = len(self.draws) + torch.arange(len(rows))
-            self.draws = concatenate([self.draws, moved], pad_id=self.target.prior.pad_id).select(index)
-            self.scores.view(-1)[rows] = self.score(moved)
-        self.history["levels"].append(torch.where(active, levels, math.nan))
-        self.history["killed"].append(torch.where(active, deaths.double(), math.nan))
-        self.history["acceptance"].append(accepted / proposed)
-        if self.target.watcher is not None:
-            self._report(levels, active)
-
-    def _moved(self, parents: Tensor, levels: Tensor, group: Tensor, accepted: Tensor, proposed: Tensor) -> Draws:
-        """Copies of `parents`, moved by kernels that leave π0(·|S > level) invariant."""
-        of_context = torch.full((self.target.form.num_contexts,), math.inf, dtype=torch.float64)
-        of_context[self.contexts] = levels
-
-        def above(draws: Draws) -> Tensor:
-            inside = self.score(draws) > of_context[draws.context]
-            return torch.where(inside, 0.0, -math.inf).double()
-
-        kernels = self.engine.moves
-        state = kernels[0].start(self.target, self.draws.select(parents), evidence=above)
-        for kernel in kernels:
-            state, info = kernel.step(state, self.source, evidence=above)
-            asked = ~info.log_acceptance.isnan()
-            accepted += torch.bincount(group[asked & info.accepted], minlength=self.groups)
-            proposed += torch.bincount(group[asked], minlength=self.groups)
-        return self._bare(state.draws)
-
-    def _retire(self, masks: Tensor, number: int) -> None:
-        """Keep the killed with φ > 0, at the weight that they have; the others have weight zero."""
-        rows = torch.nonzero(masks.view(-1)).squeeze(1)
-        rows = rows[log_evidence(self.draws.select(rows)) > -math.inf]
-        if len(rows):
-            self.retired.append(self._labelled(rows, number))
-
-    def _labelled(self, rows: Tensor, number: int) -> Draws:
-        """Particles `rows` with log w = log p + log φ and their columns."""
-        draws = self.draws.select(rows)
-        columns = {
-            "parent": self.parent[rows],
-            "score": self.scores.view(-1)[rows],
-            "round": torch.full_like(rows, number),
-        }
-        log_weight = self.log_p[rows // self.count] + log_evidence(draws)
-        return draws.with_columns(log_weight=log_weight, columns=columns)
-
-    def weighted(self) -> Draws:
-        """All retired particles and those that are left: Σ w = N·Ẑ in each context."""
-        rows = torch.nonzero(self.left.repeat_interleave(self.count)).squeeze(1)
-        parts = [*self.retired, self._labelled(rows, -1)]
-        return concatenate(parts, pad_id=self.target.prior.pad_id)
-
-    def log_z(self) -> Tensor:
-        """(G,) log Ẑ, in nats."""
-        draws = self.weighted()
-        assert draws.log_weight is not None
-        sums = [torch.logsumexp(draws.log_weight[draws.context == c], 0) for c in self.contexts.tolist()]
-        return torch.stack(sums) - math.log(self.count)
-
-    def highest(self) -> Tensor:
-        """(G,) the highest score among the last particles."""
-        return self.scores.amax(1)
-
-    def dead(self) -> Tensor:
-        """(G, number of factors) how many of the last particles each factor gives weight zero."""
-        columns = [(self.draws.log_factors[f.name] == -math.inf).view(self.groups, -1) for f in self.target.factors]
-        return torch.stack([c.sum(1) for c in columns], -1) if columns else torch.zeros(self.groups, 0)
-
-    def _bare(self, draws: Draws) -> Draws:
-        assert draws.log_prior is not None
-        return draws.with_columns(log_weight=None, log_q=None, log_prior=draws.log_prior.double(), columns={}, meta={})
-
-    def _report(self, levels: Tensor, active: Tensor) -> None:
-        g = int(torch.nonzero(active)[0, 0])
-        figures = {"level": f"{float(levels[g]):.4g}", "log p": f"{float(self.log_p[g]):.2f}"}
-        top = self.tops[g]
-        start = float(self.history["levels"][0][g])
-        known = math.isfinite(top) and math.isfinite(start) and top > start
-        share = (float(levels[g]) - start) / (top - start) if known else 0.0
-        self.target.report(min(1.0, max(0.0, share)), figures)
-
-
-def _rounds(rows: list[Tensor], groups: int) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0, groups, dtype=torch.float64)
+def _warn_of_first_scores(prompts: Sequence[str], parts: Sequence[Part]) -> None:
+    """Say where every draw of the prior, the pilot's too, had one score: there was no level to climb."""
+    found = first_context(torch.stack([p.info["flat"] for p in parts]).all(0))
+    if found is None:
+        return
+    c, also = found
+    drawn = sum(p.shard.num_draws for p in parts)
+    log.warning(
+        "splitting: all %s draws of the prior for context %r%s have the score %.4g, so that nothing was split and this "
+        "is plain importance sampling; give a score= that grows where those draws are, or more particles",
+        f"{drawn:,}", prompts[c], also, float(parts[0].info["first_score"][c]),
+    )  # fmt: skip

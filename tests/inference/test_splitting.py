@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-import lmppl.inference.splitting as module
+import lmppl.inference.splitting_sweep as module
 from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.mcmc import Restart, SuffixResample
 from lmppl.inference.run import infer
-from lmppl.inference.splitting import Splitting, SplittingShard, killed
+from lmppl.inference.splitting import Splitting, SplittingShard
+from lmppl.inference.splitting_sweep import killed
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Reward
@@ -104,7 +105,7 @@ def test_counting_k_deaths_where_more_have_tied_is_biased(monkeypatch) -> None:
 
 def test_leaving_out_the_retired_is_biased_where_the_score_is_not_the_evidence(monkeypatch) -> None:
     """Mutant: only the particles that are left count, as if all below the top had φ = 0."""
-    monkeypatch.setattr(module._Sweep, "_retire", lambda self, masks, number: None)
+    monkeypatch.setattr(module.SplittingSweep, "_retire", lambda self, masks, number: None)
     model = Model(small("tabular"), (SOFT,))
     mean, _ = law(model, CASES[4][2], 0.2)
     assert abs(mean - float(brute_force(model, 0).log_z.exp())) > VISIBLE
@@ -212,7 +213,7 @@ def test_a_plain_predicate_is_refused_with_what_to_give() -> None:
     [
         (Splitting(1), "num_particles=1"),
         (Splitting(8, 1.0), "kill_share=1.0"),
-        (Splitting(8, score="lenght"), "names no factor or feature"),
+        (Splitting(8, score="lenght"), r"names no factor or feature; there are \['wavy'\]"),
         (Splitting(8, score=3.0), "got score=3.0"),
         (Splitting(8, top=math.nan), "top=nan"),
         (Splitting(8, kernel=()), "expected a kernel"),
@@ -230,6 +231,19 @@ def test_a_score_that_leads_nowhere_says_how_far_it_went() -> None:
     never = enumerable_lm("tabular") * Constraint(lambda texts: [False] * len(texts), name="never")
     with pytest.raises(InfeasibleModel, match=r"no particle of 2 sweep.* highest score is .* factor 'never' is still"):
         infer(never, Splitting(16, score=letters, top=3.0), 32)
+
+
+def test_a_score_without_levels_says_that_nothing_was_split(caplog: pytest.LogCaptureFixture) -> None:
+    for top in (None, 5.0):
+        result = infer(
+            enumerable_lm("tabular") * SOFT, Splitting(16, score=lambda texts: [1.0] * len(texts), top=top), 32
+        )
+        assert bool((result.info["rounds"] <= 1).all())
+        assert f"all {48 if top is None else 32} draws of the prior for context" in caplog.text
+        assert "(and for 1 more) have the score 1, so that nothing was split" in caplog.text
+        caplog.clear()
+    infer(enumerable_lm("tabular") * SOFT, Splitting(16), 32)
+    assert "nothing was split" not in caplog.text
 
 
 def test_the_engine_is_plain_configuration() -> None:
