@@ -38,7 +38,8 @@ class BufferedLayer(DynamicLayer):
     def __init__(self, capacity: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
-        self.length = 0
+        self.start = 0  # columns before it are padding of all rows, and out of sight
+        self.end = 0
         self.rows = 0
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
@@ -46,38 +47,52 @@ class BufferedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append columns; returns views of all columns so far."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.rows, before = key_states.shape[0], self.length
-        self.length += key_states.shape[2]
+        self.rows, before = key_states.shape[0], self.end
+        self.end += key_states.shape[2]
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad or self.tracked):
-            self.key_buffer = (
-                key_states if before == 0 else torch.cat([self._columns(self.key_buffer, before), key_states], 2)
-            )
-            self.value_buffer = (
-                value_states if before == 0 else torch.cat([self._columns(self.value_buffer, before), value_states], 2)
-            )
+            for name, states in (("key_buffer", key_states), ("value_buffer", value_states)):
+                buffer = getattr(self, name)
+                whole = states if before == 0 else torch.cat([buffer[: self.rows, :, self.start : before], states], 2)
+                setattr(self, name, whole)
+            self.start, self.end = 0, self.end - self.start
         else:
             self.key_buffer = self._written(self.key_buffer, key_states, before)
             self.value_buffer = self._written(self.value_buffer, value_states, before)
-        self.keys = self._columns(self.key_buffer, self.length)
-        self.values = self._columns(self.value_buffer, self.length)
+        self._view()
+        assert self.keys is not None  # as `_view` found them
+        assert self.values is not None
         return self.keys, self.values
 
-    def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
-        """Take over buffers (rows, heads, capacity, size) whose first `length` columns are written."""
+    def hold(self, keys: Tensor, values: Tensor, end: int, start: int = 0) -> None:
+        """Take over buffers (rows, heads, capacity, size) whose columns from `start` to before `end` are written."""
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.key_buffer, self.value_buffer = keys, values
-        self.rows, self.length = len(keys), length
+        self.rows, self.start, self.end = len(keys), start, end
         self._view()
 
     def get_seq_length(self) -> int:
-        """Columns held."""
-        return self.length
+        """Columns in sight."""
+        return self.end - self.start
+
+    def hide(self, columns: int) -> None:
+        """Leave out the first `columns`, which hold nothing of any row; nothing is moved."""
+        self.start += columns
+        self._view()
+
+    def shift(self, columns: int) -> None:
+        """Move what is in sight to the left by `columns` of the buffers."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            if buffer is not None:
+                seen = buffer[: self.rows, :, self.start : self.end]
+                buffer[: self.rows, :, self.start - columns : self.end - columns] = seen.clone()
+        self.start, self.end = self.start - columns, self.end - columns
+        self._view()
 
     def select_in_place(self, target: Tensor, source: Tensor, rows: int) -> None:
         """Copy rows `source` over rows `target`, then keep the first `rows` rows."""
         for buffer in (self.key_buffer, self.value_buffer):
             if buffer is not None and len(target):
-                buffer[target, :, : self.length] = buffer[source, :, : self.length]
+                buffer[target, :, self.start : self.end] = buffer[source, :, self.start : self.end]
         self.rows = rows
         self._view()
 
@@ -90,19 +105,19 @@ class BufferedLayer(DynamicLayer):
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
-        self.length = length
+        self.end = self.start + length
         self._view()
 
     def gather_columns(self, columns: Tensor) -> None:
         """Row i's new columns are its old columns `columns[i]` (rows, width)."""
-        index = columns[:, None, :, None]
+        index = self.start + columns[:, None, :, None]
         for name in ("key_buffer", "value_buffer"):
             buffer = getattr(self, name)
             if buffer is not None:
                 _, heads, _, size = buffer.shape
                 moved = buffer[: self.rows].gather(2, index.expand(-1, heads, -1, size))
                 setattr(self, name, moved)
-        self.length = columns.shape[1]
+        self.start, self.end = 0, columns.shape[1]
         self._view()
 
     @property
@@ -117,31 +132,27 @@ class BufferedLayer(DynamicLayer):
 
     def _written(self, buffer: Tensor | None, states: Tensor, before: int) -> Tensor:
         rows, heads, _, size = states.shape
-        if buffer is None or buffer.shape[2] < self.length or buffer.requires_grad:
-            columns = max(self.capacity, self.length if buffer is None else 2 * buffer.shape[2], self.length)
+        if buffer is None or buffer.shape[2] < self.end or buffer.requires_grad:
+            columns = max(self.capacity, self.end if buffer is None else 2 * buffer.shape[2], self.end)
             grown = states.new_empty(rows, heads, columns, size)
             if buffer is not None:
                 grown[:, :, :before] = buffer[:rows, :, :before]
             buffer = grown
-        buffer[:rows, :, before : self.length] = states
+        buffer[:rows, :, before : self.end] = states
         return buffer
 
     def _copied(self, buffer: Tensor | None, index: Tensor) -> Tensor | None:
         if buffer is None or buffer.requires_grad:
-            return buffer if buffer is None else buffer[:, :, : self.length].index_select(0, index)
+            return buffer if buffer is None else buffer[:, :, : self.end].index_select(0, index)
         _, heads, columns, size = buffer.shape
         fresh = buffer.new_empty(len(index), heads, max(columns, self.capacity), size)
-        fresh[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, index)
+        fresh[:, :, self.start : self.end] = buffer[:, :, self.start : self.end].index_select(0, index)
         return fresh
 
-    def _columns(self, buffer: Tensor | None, length: int) -> Tensor:
-        assert buffer is not None  # a layer that holds columns has buffers
-        return buffer[: self.rows, :, :length]
-
     def _view(self) -> None:
-        if self.key_buffer is not None:
-            self.keys = self._columns(self.key_buffer, self.length)
-            self.values = self._columns(self.value_buffer, self.length)
+        if self.key_buffer is not None and self.value_buffer is not None:
+            self.keys = self.key_buffer[: self.rows, :, self.start : self.end]
+            self.values = self.value_buffer[: self.rows, :, self.start : self.end]
 
 
 class BufferedCache(Cache):
@@ -192,6 +203,17 @@ class BufferedCache(Cache):
             for layer in layers:
                 layer.select_copy(index)
 
+    @property
+    def start(self) -> int:
+        """Columns of the buffers that are out of sight, on the left."""
+        layers = self.buffers
+        return layers[0].start if layers else 0
+
+    def hide(self, columns: int) -> None:
+        """Leave out the first `columns`, which are padding of every row."""
+        for layer in self.buffers:
+            layer.hide(columns)
+
     def cut(self, width: int, columns: Tensor | None) -> None:
         """Keep the first `width` columns, or `columns` (rows, width) where rows are cut to different lengths."""
         for layer in self.buffers:
@@ -215,7 +237,7 @@ class CacheShelf:
         self.layers: list[tuple[Tensor, Tensor] | None] = []
 
     def put(self, cache: BufferedCache, rows: Tensor, starts: Tensor, slots: Tensor, width: int) -> None:
-        """Copy `width` columns of `rows` (M,), from column `starts` (M,) of each on, into `slots` (M,)."""
+        """Copy `width` columns of `rows` (M,), from column `starts` (M,) of the buffers on, into `slots` (M,)."""
         if not self.layers:
             self.layers = [self._room(layer) for layer in cache.layers]
         columns = torch.arange(width, device=rows.device)
@@ -259,6 +281,53 @@ class CacheShelf:
                 ]
                 layer.hold(fresh[0], fresh[1], width)
         return cache
+
+    def open(self, num_rows: int, room: int) -> BufferedCache:
+        """An empty cache for `join`, with room for `num_rows` rows and for `room` columns after the longest row."""
+        capacity = self.num_columns + room
+        cache = BufferedCache(capacity)
+        for shelved in self.layers:
+            layer = BufferedLayer(capacity)
+            cache.layers.append(layer)
+            if shelved is not None:
+                shapes = [(num_rows, x.shape[1], capacity, x.shape[3]) for x in shelved]
+                fresh = [x.new_empty(shape) for x, shape in zip(shelved, shapes, strict=True)]
+                layer.hold(fresh[0], fresh[1], self.num_columns, self.num_columns)
+                layer.rows = 0
+        return cache
+
+    def join(self, cache: BufferedCache, slots: Tensor, lengths: Tensor, room: int) -> None:
+        """Put the rows in `slots` (M,), their first `lengths` (M,) tokens, after the rows of `cache`, right-aligned.
+
+        In place: its buffers have rows to spare, and columns on the left for the longest row. Where fewer than `room`
+        columns are left on the right, what is there is moved to the left first.
+        """
+        known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        for shelved, layer in zip(self.layers, cache.layers, strict=True):
+            if shelved is None:
+                continue
+            assert isinstance(layer, BufferedLayer)  # as `open` made it
+            assert layer.key_buffer is not None
+            rows, heads, capacity, _ = layer.key_buffer.shape
+            if capacity - layer.end < room:
+                layer.shift(layer.end - self.num_columns)
+            layer.start = min(layer.start, layer.end - int(lengths.max()))
+            if (heads, capacity, layer.start, layer.end) not in known:
+                width = layer.end - layer.start
+                columns = torch.arange(width, device=slots.device)
+                source = (columns - (width - lengths)[:, None]).clamp_min(0)
+                to = layer.rows + torch.arange(len(slots), device=slots.device)
+                known[heads, capacity, layer.start, layer.end] = (
+                    _flat(slots, source, heads, self.num_columns),
+                    _flat(to, (layer.start + columns).expand(len(slots), -1), heads, capacity),
+                )
+            read, write = known[heads, capacity, layer.start, layer.end]
+            for x, buffer in zip(shelved, (layer.key_buffer, layer.value_buffer), strict=True):
+                assert buffer is not None
+                buffer.view(-1, buffer.shape[3]).index_copy_(0, write, x.view(-1, x.shape[3]).index_select(0, read))
+            layer.rows += len(slots)
+            assert layer.rows <= rows
+            layer._view()
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy whole slots `source` (M,) over slots `target` (M,)."""

@@ -129,6 +129,23 @@ class MachineShelf:
         columns = (torch.arange(width) - (width - 1 - lengths)[:, None]).clamp_min(0)
         return MachineRows(self.states[slots].gather(1, columns), width, lengths.clone())
 
+    def open(self, num_rows: int) -> MachineRows:
+        """As `RowStore.open`."""
+        return MachineRows(self.states[:0, :1], 1, torch.zeros(0, dtype=torch.int64))
+
+    def join(self, state: MachineRows, slots: Tensor, context: Tensor, lengths: Tensor) -> MachineRows:
+        """As `RowStore.join`."""
+        joining = self.take(slots, context, lengths)
+        width = max(joining.width, int(state.lengths.max()) + 1 if len(state.lengths) else 1)
+        whole = torch.cat([_of_width(state.history, width), _of_width(joining.history, width)])
+        return MachineRows(whole, width, torch.cat([state.lengths, joining.lengths]))
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """As `RowStore.copy`."""
         self.states[target] = self.states[source]
+
+
+def _of_width(history: Tensor, width: int) -> Tensor:
+    """Right-aligned states (B, ·) in `width` columns; those further left repeat the first."""
+    columns = torch.arange(width) + history.shape[1] - width
+    return history[:, columns.clamp_min(0)]

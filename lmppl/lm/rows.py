@@ -114,7 +114,7 @@ class CachedRows:
             select_rows(state.cache, index)
         pads = state.pads[index]
         history = None if state.history is None else state.history[index]
-        return replace(state, history=history, pads=pads, padded=state.padded and bool((pads > 0).any()))
+        return _trimmed(replace(state, history=history, pads=pads))
 
     def crop(self, state: RowState, lengths: Tensor) -> RowState:
         """Cut each row to its first `lengths` (B,) tokens; rows are moved so that each ends in the last column.
@@ -142,3 +142,16 @@ class CachedRows:
         if state.cache is not None:
             state.cache.cut(width, columns)
         return RowState(state.cache, history, pads, width, bool((pads > 0).any()))
+
+
+def _trimmed(state: RowState) -> RowState:
+    """Without the columns that all rows have on their left: the longest rows have gone."""
+    if not state.padded or len(state.pads) == 0:
+        return state
+    least, most = (int(x) for x in state.pads.aminmax())
+    hide = getattr(state.cache, "hide", None)
+    if least == 0 or hide is None:
+        return replace(state, padded=most > 0)
+    hide(least)
+    history = None if state.history is None else state.history[:, least:]
+    return replace(state, history=history, pads=state.pads - least, width=state.width - least, padded=most > least)

@@ -8,15 +8,15 @@ regenerating n tokens reads n − 1. A new row is written to a free slot; whethe
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError
-from lmppl.lm.base import LanguageModel, State, Step
-from lmppl.lm.decoding import CountingDecoder, compacting_index
+from lmppl.lm.base import LanguageModel, State
+from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.randomness import Source
+from lmppl.lm.writer import Pending, Regenerated, Writer
 from lmppl.sequences import Cost
 
 __all__ = ["Pending", "Regenerated", "RowStore", "Shelf"]
@@ -40,30 +40,17 @@ class RowStore(Protocol):
         """A fresh state of the rows in `slots` (M,), of `context` (M,), cut to `lengths` (M,) tokens."""
         ...
 
+    def open(self, num_rows: int) -> State:
+        """A state without rows, which at most `num_rows` may `join`."""
+        ...
+
+    def join(self, state: State, slots: Tensor, context: Tensor, lengths: Tensor) -> State:
+        """The rows of `take`, after those of a state that came from `open`, which is consumed."""
+        ...
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` (M,) over slots `target` (M,)."""
         ...
-
-
-class Pending(NamedTuple):
-    """New versions of `rows` (M,), of `lengths` (M,) tokens, in `slots` (M,) that nobody else uses."""
-
-    rows: Tensor
-    slots: Tensor
-    lengths: Tensor
-
-
-class Regenerated(NamedTuple):
-    """What `Shelf.regenerate` gives: `ids` (M, T), `lengths` (M,), `finished` (M,), and the new rows.
-
-    `log_q` (M, T) holds the log-probability of each new token under the law that it was drawn from, 0 elsewhere.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    finished: Tensor
-    log_q: Tensor
-    pending: Pending
 
 
 class Shelf:
@@ -172,20 +159,18 @@ class Shelf:
         -------
         Regenerated
         """
+        writer = Writer(self, source, barred=barred)
         # Rows with the least to write come last, and so leave a batch from its end, where nothing must be moved.
         order = torch.argsort(keep, stable=True)
-        back = torch.argsort(order)
-        new = self._regenerate(
+        writer.begin(
             rows[order],
             keep[order],
             ids.to(self.lm.device)[order],
-            source,
-            None if until is None else until[order],
-            barred,
+            until=None if until is None else until[order],
         )
-        slots = new.pending.slots[back]
-        lengths = new.lengths[back]
-        return Regenerated(new.ids[back], lengths, new.finished[back], new.log_q[back], Pending(rows, slots, lengths))
+        while writer.num_live:
+            writer.advance()
+        return writer.collect(rows)
 
     def force(
         self, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor, *, pending: Pending | None = None
@@ -204,11 +189,11 @@ class Shelf:
             Go on from these new rows in place of the present ones, in their slots.
         """
         source = self.slot[rows] if pending is None else pending.slots
-        slots = self._free(len(rows)) if pending is None else pending.slots
-        self._copy_laws(source, slots, keep)
+        slots = self.free_slots(len(rows)) if pending is None else pending.slots
+        self.copy_laws(source, slots, keep)
         state, known = self._read_tails(source, slots, rows, keep, ids.to(self.lm.device), lengths)
-        if state is None:
-            self._shelve(None, torch.arange(len(rows), device=slots.device), source, slots, lengths - 1, 0)
+        if self.store is not None and state is None:  # nothing was read: the old prefix is all there is
+            self.store.copy(source, slots)
         elif self.store is not None:
             self.store.put(state, torch.arange(len(rows), device=slots.device), slots, lengths - 1)
         hidden, log_prob, mask = known
@@ -250,72 +235,33 @@ class Shelf:
         index = index.to(self.slot.device)
         self.slot, self.known = self.slot[index], self.known[index]
 
-    # Inside.
+    # What a writer needs.
 
-    @torch.no_grad()
-    def _regenerate(
-        self, rows: Tensor, keep: Tensor, ids: Tensor, source: Source, until: Tensor | None, barred: Tensor | None
-    ) -> Regenerated:
-        """As `regenerate`, for rows in an order of ascending `keep`."""
-        lm, device = self.lm, self.lm.device
-        count = len(rows)
-        old, slots = self.slot[rows], self._free(count)
-        self._copy_laws(old, slots, keep)
-        columns = torch.arange(self.horizon, device=device)
-        ids = ids.masked_fill(columns >= keep[:, None], lm.pad_id)
-        lengths = keep.clone()
-        finished = torch.zeros(count, dtype=torch.bool, device=device)
-        scores = torch.zeros(count, self.horizon, dtype=lm.dtype, device=device)
-        barred_scores = torch.zeros_like(scores)
-        cap = torch.full_like(keep, self.horizon) if until is None else until
-        live, at, place = torch.arange(count, device=device), keep, slots
-        state: State = None
-        logits = self._project(self._hidden[old, keep])
-        while len(live):
-            if barred is None:
-                tokens, chosen = source.tokens(logits)
-                over = self._ended(ids, live, at, tokens)
-            else:
-                tokens, barred_scores[live, at], chosen, stuck = _choose_among(logits, source, barred)
-                over = self._ended(ids, live, at, tokens) | stuck
-            scores[live, at] = chosen
-            at = at + 1
-            stop = over | (at == cap)
-            if bool(stop.any()):
-                gone, on = torch.nonzero(stop).squeeze(1), compacting_index(stop)
-                ended = live[gone]
-                lengths[ended], finished[ended] = at[gone], over[gone]
-                self._shelve(state, gone, old[ended], slots[ended], at[gone] - 1, len(on))
-                if len(on) == 0:
-                    break
-                live, at, tokens, cap, place = live[on], at[on], tokens[on], cap[on], place[on]
-                if state is not None:
-                    state = self.decoder.select(state, on)
-            if state is None:
-                step, state = self._resume(old[live], rows[live], ids[live], at)
-            else:
-                step, state = self.decoder.extend(state, tokens[:, None])
-            hidden = step.hidden[:, -1]
-            self._hidden[place, at] = hidden
-            logits = self._project(hidden)
-        if self.store is not None:
-            self.store.flush()
-        written = (columns >= keep[:, None]) & (columns < lengths[:, None])
-        if not bool(torch.isfinite(scores[written]).all()) and barred is None:
-            raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
-        self._log_probs[slots] = torch.where(written, scores.double(), self._log_probs[slots])
-        log_q = (scores if barred is None else barred_scores).double()
-        return Regenerated(ids, lengths, finished, log_q, Pending(rows, slots, lengths))
-
-    def _within(self, values: Tensor, lengths: Tensor) -> Tensor:
-        return torch.where(torch.arange(self.horizon, device=values.device) < lengths[:, None], values, 0.0)
-
-    def _free(self, count: int) -> Tensor:
+    def free_slots(self, count: int, held: Tensor | None = None) -> Tensor:
+        """(count,) slots of no present row, and none of those `held` (H,)."""
         used = torch.zeros(len(self._hidden), dtype=torch.bool, device=self.slot.device)
         used[self.slot] = True
+        if held is not None:
+            used[held] = True
         return torch.nonzero(~used).squeeze(1)[:count]
 
-    def _copy_laws(self, source: Tensor, slots: Tensor, keep: Tensor) -> None:
+    def laws(self, slots: Tensor, position: Tensor) -> Tensor:
+        """(M, V) scores of the token after the first `position` (M,) tokens of `slots` (M,)."""
+        return self.project(self._hidden[slots, position])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(M, H) hidden states to (M, V) unnormalised log-probabilities."""
+        return self._project(hidden)
+
+    def learn(self, slots: Tensor, position: Tensor, hidden: Tensor) -> None:
+        """Keep the hidden states (M, H) after the first `position` (M,) tokens of `slots` (M,)."""
+        self._hidden[slots, position] = hidden
+
+    def learn_scores(self, slots: Tensor, log_probs: Tensor, where: Tensor) -> None:
+        """Keep the log-probabilities (M, T) of the tokens `where` (M, T) of `slots` (M,)."""
+        self._log_probs[slots] = torch.where(where, log_probs, self._log_probs[slots])
+
+    def copy_laws(self, source: Tensor, slots: Tensor, keep: Tensor) -> None:
         """The laws of a prefix of `keep` tokens, from slot to slot."""
         width = int(keep.max()) + 1
         if source is not slots:
@@ -325,33 +271,10 @@ class Shelf:
             later = torch.arange(self.horizon, device=slots.device) > keep[:, None]
             self._entropy[slots] = self._entropy[source].masked_fill(later, torch.nan)
 
-    def _ended(self, ids: Tensor, live: Tensor, at: Tensor, tokens: Tensor) -> Tensor:
-        """(L,) whether rows that had `at` tokens end with the next one, which is written into `ids`."""
-        ids[live, at] = tokens
-        if self.lm.ends_by_eos_alone:
-            return self.lm._is_eos(tokens)
-        over = torch.zeros(len(live), dtype=torch.bool, device=live.device)
-        for before in at.unique().tolist():
-            same = at == before
-            over[same] = self.lm.ended(ids[live[same], : before + 1], int(before))
-        return over
+    # Inside.
 
-    def _shelve(self, state: State, rows: Tensor, old: Tensor, slots: Tensor, lengths: Tensor, rest: int) -> None:
-        """Put rows of a state away, of which `rest` rows go on; without a state they are their old prefixes."""
-        if self.store is None:
-            return
-        if state is None:
-            self.store.copy(old, slots)
-        else:
-            # Rows that stood after all others stay where they are, and can be put away with the last ones.
-            self.store.put(state, rows, slots, lengths, later=bool((rows >= rest).all()))
-
-    def _resume(self, slots: Tensor, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Step, State]:
-        """Rows of `lengths` (L,) ≥ 1 tokens, the last of which is new."""
-        if self.store is None:
-            return self.decoder.prefill(self.context[rows], ids[:, : int(lengths.max())], lengths)
-        state = self.store.take(slots, self.context[rows], lengths - 1)
-        return self.decoder.extend(state, ids.gather(1, lengths[:, None] - 1))
+    def _within(self, values: Tensor, lengths: Tensor) -> Tensor:
+        return torch.where(torch.arange(self.horizon, device=values.device) < lengths[:, None], values, 0.0)
 
     def _read_tails(
         self, source: Tensor, slots: Tensor, rows: Tensor, keep: Tensor, ids: Tensor, lengths: Tensor
@@ -388,12 +311,3 @@ class Shelf:
             later = torch.zeros_like(log_prob).scatter_(1, following, scored)
             log_prob = torch.where(new, later, log_prob)
         return state, ((hidden, new), log_prob, mask)
-
-
-def _choose_among(logits: Tensor, source: Source, barred: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens (L,) that are not `barred` (V,), their log-probability with and without the bar, and rows without any."""
-    allowed = logits.masked_fill(barred, -torch.inf)
-    stuck = (allowed == -torch.inf).all(-1)
-    tokens, log_law = source.tokens(torch.where(stuck[:, None], 0.0, allowed))
-    log_prob = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-    return tokens, log_law, log_prob, stuck

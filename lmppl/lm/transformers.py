@@ -102,23 +102,24 @@ class ShelvedRows:
 
         self.context_counts, self.horizon = lm.context_counts, lm.max_new_tokens
         self.cache = CacheShelf(num_slots, int(lm.context_counts.max()) + lm.max_new_tokens)
-        self._waiting: list[tuple[Tensor, ...]] = []  # rows, pads, slots, totals, of the cache beside
+        self._waiting: list[tuple[Tensor, ...]] = []  # rows, starts, slots, totals, of the cache beside
         self._source: Any = None
 
     def put(self, state: DecoderState, rows: Tensor, slots: Tensor, lengths: Tensor, *, later: bool = False) -> None:
         """As `RowStore.put`."""
-        pads, totals = state.rows.pads[rows], state.context_lengths[rows] + lengths
+        cache = state.rows.cache
+        starts, totals = state.rows.pads[rows] + cache.start, state.context_lengths[rows] + lengths
         if later:
-            self._waiting.append((rows, pads, slots, totals))
-            self._source = state.rows.cache
+            self._waiting.append((rows, starts, slots, totals))
+            self._source = cache
         else:
-            self.cache.put(state.rows.cache, rows, pads, slots, int(totals.max()))
+            self.cache.put(cache, rows, starts, slots, int(totals.max()))
 
     def flush(self) -> None:
         """As `RowStore.flush`."""
         if self._waiting:
-            rows, pads, slots, totals = (torch.cat(column) for column in zip(*self._waiting, strict=True))
-            self.cache.put(self._source, rows, pads, slots, int(totals.max()))
+            rows, starts, slots, totals = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+            self.cache.put(self._source, rows, starts, slots, int(totals.max()))
             self._waiting, self._source = [], None
 
     def take(self, slots: Tensor, context: Tensor, lengths: Tensor) -> DecoderState:
@@ -130,6 +131,23 @@ class ShelvedRows:
         # The shortest row may go on to the cap, and takes the others' columns with it.
         cache = self.cache.take(slots, totals, width, self.horizon - int(lengths.min()))
         return DecoderState(RowState(cache, None, pads, width, bool((pads > 0).any())), counts)
+
+    def open(self, num_rows: int) -> DecoderState:
+        """As `RowStore.open`."""
+        none = self.context_counts[:0]
+        cache = self.cache.open(num_rows, 2 * self.horizon)
+        return DecoderState(RowState(cache, None, none, 0, False), none)
+
+    def join(self, state: DecoderState, slots: Tensor, context: Tensor, lengths: Tensor) -> DecoderState:
+        """As `RowStore.join`."""
+        self.flush()
+        rows, counts = state.rows, self.context_counts[context]
+        totals = counts + lengths
+        width = max(rows.width, int(totals.max()))
+        self.cache.join(rows.cache, slots, totals, self.horizon)
+        pads = torch.cat([rows.pads + (width - rows.width), width - totals])
+        joined = RowState(rows.cache, None, pads, width, bool((pads > 0).any()))
+        return DecoderState(joined, torch.cat([state.context_lengths, counts]))
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """As `RowStore.copy`."""
