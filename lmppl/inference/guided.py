@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.diagnostics.intervals import binomial_upper
+from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
 from lmppl.inference.proposals import truncates
@@ -23,13 +25,16 @@ from lmppl.lm.derived import DerivedLM, count_base
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
 from lmppl.lm.truncation import check_truncation, keep_top_k
-from lmppl.modeling.factors import Factor, Incremental, start_incremental
+from lmppl.modeling.factors import Factor, Incremental, missing_members
 from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.model import Model
+from lmppl.modeling.named_forms import NamedForm
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Cost, Draws, concatenate
 
 __all__ = ["DecodingEngine", "Guide", "GuidedLM", "GuidedSampler", "SteeredLM", "draw_steered", "log_prior_of"]
+
+log = logging.getLogger(__name__)
 
 Guide = Incremental | Callable[[LanguageModel], Incremental]
 """Prefix scores, or what makes them once the LM is known that they are to steer."""
@@ -118,6 +123,11 @@ class GuidedLM(SteeredLM):
         self.strength, self.top_k = float(strength), top_k
         self.guides = tuple(form) if isinstance(form, list | tuple) else (form,)
         self.forms = tuple(_bound(guide, prior) for guide in self.guides)
+        for own in self.forms:
+            refuse = getattr(own.form, "unsupported_reason", None)  # a learned twist belongs to one LM
+            reason = None if refuse is None else refuse(prior)
+            if reason is not None:
+                raise ModelError(f"{own.who}: {reason}")
         self.truncated = top_k is not None or truncates(prior)
 
     def decoder(self) -> GuidedDecoder:
@@ -130,31 +140,34 @@ class GuidedLM(SteeredLM):
         return GuidedLM(prior, list(self.guides), strength=self.strength, top_k=self.top_k)
 
     @property
+    def steered_by(self) -> tuple[str, ...]:
+        """The factors among the guides."""
+        return tuple(guide.name for guide in self.guides if isinstance(guide, Factor))
+
+    @property
     def fingerprint(self) -> str:
         """As `LanguageModel.fingerprint`; of the forms as much as `Model.spec_hash` sees of a function."""
-        digests = [str(getattr(form, "fingerprint", None) or content_digest(form)) for form in self.forms]  # type: ignore[arg-type]
+        forms: list[Any] = [own.form for own in self.forms]
+        digests = [str(getattr(form, "fingerprint", None) or content_digest(form)) for form in forms]
         parts = (self.base.fingerprint, digests, self.strength, self.top_k)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _bound(guide: Guide | Factor, prior: LanguageModel) -> Incremental:
-    """The incremental form that `guide` stands for."""
+def _bound(guide: Guide | Factor, prior: LanguageModel) -> NamedForm:
+    """The incremental form that `guide` stands for, each call checked."""
     if isinstance(guide, Factor):
         if guide.incremental is None:
             raise ModelError(
                 f"guide: factor {guide.name!r} has no incremental form; give it one, or pass prefix scores such as "
                 "PrefixScore(fn)"
             )
-        return guide.incremental
-    if isinstance(guide, Incremental):
-        return guide
-    form = guide(prior) if callable(guide) else guide
-    if not isinstance(form, Incremental):
-        raise ModelError(
-            f"guide: got {type(form).__name__}, expected an object with start, weigh, advance, potential, select and "
-            "crop (see lmppl.Incremental), a factor that has one, or a function that makes one from a language model"
-        )
-    return form
+        return NamedForm.of(guide, prior.vocab_size)
+    form = guide(prior) if missing_members(guide) and callable(guide) else guide
+    missing = missing_members(form)
+    if missing:
+        also = "" if hasattr(form, "weigh") else ", a factor that has one, or a function that makes one from an LM"
+        raise ModelError(f"guide{missing}{also}")
+    return NamedForm(form, f"guide {type(form).__name__}", prior.vocab_size)  # type: ignore[arg-type]
 
 
 class GuidedRows(NamedTuple):
@@ -173,14 +186,14 @@ class GuidedDecoder:
         self.capabilities = self.base.capabilities - {"grad", "hidden"}
         self.forms = lm.forms
         self._reads_steps = any(
-            "hidden" in form.needs or "step" in inspect.signature(form.start).parameters for form in self.forms
+            "hidden" in form.needs or "step" in inspect.signature(form.form.start).parameters for form in self.forms
         )
 
     def count_into(self, cost: Cost) -> None:
         """Forms that run networks or functions of their own count them into `cost`."""
         count_base(self.base, cost)
         for form in self.forms:
-            count_base(form, cost)  # type: ignore[arg-type]
+            count_base(form.form, cost)  # type: ignore[arg-type]
 
     def prefill(
         self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None
@@ -189,12 +202,12 @@ class GuidedDecoder:
         with torch.no_grad():
             if prefix is None or prefix.shape[1] == 0:
                 step, state = self.base.prefill(context)
-                forms = tuple(start_incremental(form, context, step) for form in self.forms)
+                forms = tuple(form.start(context, step) for form in self.forms)
                 return self._guided(step, forms), GuidedRows(state, forms)
             ragged = lengths is not None and bool((lengths != prefix.shape[1]).any())
             if self._reads_steps:
                 step, state = self.base.prefill(context)
-                forms = tuple(start_incremental(form, context, step) for form in self.forms)
+                forms = tuple(form.start(context, step) for form in self.forms)
                 step, state = self.base.extend(state, prefix)
                 for t, token in enumerate(prefix.unbind(1)):
                     forms = self._advance(forms, token, Step(step.project, step.hidden[:, t : t + 1]))
@@ -204,7 +217,7 @@ class GuidedDecoder:
                     step = Step(step.project, step.hidden[:, -1:])
             else:
                 step, state = self.base.prefill(context, prefix, lengths)
-                forms = tuple(start_incremental(form, context, None) for form in self.forms)
+                forms = tuple(form.start(context, None) for form in self.forms)
                 for token in prefix.unbind(1):
                     forms = self._advance(forms, token, None)
             if ragged:
@@ -236,8 +249,7 @@ class GuidedDecoder:
         return GuidedRows(self.base.select(state.base, index), forms)
 
     def _advance(self, states: tuple[Any, ...], token: Tensor, step: Step | None) -> tuple[Any, ...]:
-        # The protocol lets a form that reads no hidden states ignore the step.
-        return tuple(form.advance(s, token, step) for form, s in zip(self.forms, states, strict=True))  # type: ignore[arg-type]
+        return tuple(form.advance(s, token, step) for form, s in zip(self.forms, states, strict=True))
 
     def _crop(self, states: tuple[Any, ...], lengths: Tensor) -> tuple[Any, ...]:
         return tuple(form.crop(s, lengths) for form, s in zip(self.forms, states, strict=True))
@@ -253,7 +265,7 @@ class GuidedDecoder:
             for form, state in zip(self.forms, states, strict=True):
                 own_dead = form.potential(state) == -math.inf
                 weights = form.weigh(state, candidates).to(prior.dtype)
-                total = total + _checked(form, weights, own_dead, some.shape)
+                total = total + torch.where(own_dead[:, None], 0.0, weights)  # increments of dead rows mean nothing
                 dead = dead | own_dead
             some = some + self.lm.strength * total
         dead = dead | (some == -math.inf).all(-1)
@@ -268,21 +280,6 @@ def _most_probable(logits: Tensor, top_k: int) -> Tensor:
     if count == logits.shape[-1]:
         return torch.arange(count, device=logits.device).expand(len(logits), count)
     return keep_top_k(logits, count).topk(count, -1).indices
-
-
-def _checked(form: Incremental, weights: Tensor, dead: Tensor, shape: torch.Size) -> Tensor:
-    """The increments of live rows, 0 for dead ones, where they have no meaning."""
-    if weights.shape != shape:
-        name = type(form).__name__
-        raise ModelError(f"{name}.weigh: got shape {tuple(weights.shape)}, expected {tuple(shape)}")
-    weights = torch.where(dead[:, None], 0.0, weights)
-    if not bool((weights < math.inf).all()):  # false for nan too
-        row, column = torch.nonzero(~(weights < math.inf))[0].tolist()
-        raise ModelError(
-            f"{type(form).__name__}.weigh: got {float(weights[row, column])} for row {row}, candidate {column}, "
-            "expected finite nats or −inf"
-        )
-    return weights
 
 
 def draw_steered(lm: SteeredLM, context: Tensor, source: Source, *, cost: Cost | None = None) -> Draws:
@@ -352,6 +349,25 @@ class DecodingEngine(Engine):
         violating = (log_evidence(draws) == -math.inf).double()
         counts = torch.bincount(draws.context, minlength=draws.num_contexts)
         share = torch.bincount(draws.context, weights=violating, minlength=draws.num_contexts) / counts
+        self._tell_violations(draws, share, counts)
         order = torch.argsort(draws.context, stable=True)
         info = {"violating_share": share, **parts[0].info}
         return GuidedSampler(draws.select(order), (), self.guarantee, info)
+
+    def _tell_violations(self, draws: Draws, share: Tensor, counts: Tensor) -> None:
+        """Raise where all draws of a context have γ = 0, and warn where some have."""
+        for c in torch.nonzero(share == 1.0).squeeze(1).tolist():
+            bound = float(binomial_upper(torch.tensor(0), counts[c]))
+            raise InfeasibleModel(
+                f"{self.name}: none of {int(counts[c]):,} draws for context {c} ({draws.prompts[c]!r}) had γ > 0; with "
+                f"95 % confidence the law that is decoded gives γ > 0 a probability below {bound:.2g}; decode more "
+                "draws, use scores that look ahead or an engine that weighs and resamples (SMC), or declare a weaker "
+                "constraint"
+            )
+        if bool((share > 0).any()):
+            log.warning(
+                "%s: %.1f %% of the draws violate a hard constraint; weights correct them: "
+                "Importance(proposal=...) or SMC(proposal=...)",
+                self.name,
+                100 * float(share.mean()),
+            )

@@ -33,6 +33,7 @@ from lmppl.inference.proposals import (
     propose,
     truncates,
 )
+from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.target import Target, log_evidence
@@ -145,6 +146,8 @@ class Importance(Engine):
             log_gamma = torch.where(log_prior > -math.inf, log_prior.double() + log_evidence(draws), -math.inf)
             log_w = importance_log_weights(log_gamma, log_q)
         check_bounds(draws, target.factors)
+        if lm is not None and shard.id == 0:
+            try_exclusions(target, steering_factors(target, lm), draws, shard.seed)
         columns = {"shard": torch.full_like(draws.context, shard.id)}
         return Part(shard, draws.with_columns(log_weight=log_w, columns=columns), info=self._facts(target, lm))
 

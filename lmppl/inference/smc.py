@@ -22,11 +22,12 @@ from lmppl.inference.proposals import as_proposal, truncates
 from lmppl.inference.resampling import RESAMPLING
 from lmppl.inference.step_proposals import LanguageModelProposal, OptimalProposal, PriorProposal, StepProposal
 from lmppl.inference.sweep import BOUNDARIES, Retained, Schedule, Sweep, SweepResult
+from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
 from lmppl.inference.twists.product import FactorTwist, ProductTwist
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.factors import Incremental
+from lmppl.modeling.factors import Factor, Incremental, missing_members
 from lmppl.modeling.target import Target
 from lmppl.sequences import Estimate, concatenate
 
@@ -79,7 +80,8 @@ class SMC(Engine):
     InfeasibleModel
         Where all particles of a context died in every sweep: which factor did it, when, and what follows about Z.
     FactorError
-        Where an incremental form breaks its law, naming the factor.
+        Where an incremental form breaks its law, naming the factor. What a form excludes is never seen in a sweep, so
+        16 rows of the first one are given an excluded token each (`lmppl.inference.twists.exclusions`).
     ModelError
         On wrong arguments; where a proposal cannot make a token that π* can, or a twist is 0 where γ > 0.
 
@@ -155,6 +157,8 @@ class SMC(Engine):
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """One sweep of every context."""
         result = self.sweep(target, torch.tensor(shard.contexts), source)
+        if shard.id == 0:
+            try_exclusions(target, self._steering(target), result.draws, shard.seed)
         number = torch.full_like(result.draws.context, shard.id)
         columns = {"sweep": number, "shard": number, **result.draws.columns}
         info = {**result.info, "log_z": result.log_z, **self._facts(target)}
@@ -171,13 +175,11 @@ class SMC(Engine):
     def twist_of(self, target: Target) -> Incremental | None:
         """ψ on this target; None where it is 1."""
         if self.twist is None:
-            forms = FactorTwist(target.factors)
+            forms = FactorTwist(target.factors, target.prior.vocab_size)
             return forms if len(forms) else None
-        if not isinstance(self.twist, Incremental):
-            raise ModelError(
-                f"SMC: got twist={type(self.twist).__name__}, expected an object with start, weigh, advance, "
-                "potential, select and crop (see lmppl.Incremental)"
-            )
+        missing = missing_members(self.twist)
+        if missing:
+            raise ModelError(f"SMC: twist{missing}")
         return None if isinstance(self.twist, ProductTwist) and len(self.twist) == 0 else self.twist
 
     def step_proposal(self, target: Target) -> StepProposal:
@@ -199,6 +201,14 @@ class SMC(Engine):
                 "one, or a step proposal"
             )
         return given
+
+    def _steering(self, target: Target) -> list[Factor]:
+        """The factors whose own forms say which tokens get weight zero."""
+        twist, proposal = self.twist_of(target), self.step_proposal(target)
+        products = [twist, *(twist.twists if isinstance(twist, ProductTwist) else ())]
+        names = {name for t in products if isinstance(t, FactorTwist) for name in t.names}
+        guides = steering_factors(target, proposal.lm) if isinstance(proposal, LanguageModelProposal) else []
+        return [f for f in target.factors if f.name in names or f in guides]
 
     def merge(self, parts: Sequence[Part]) -> Particles:
         """Weights stay on one scale: the mean of w over the draws of a context is the mean of Ẑ over the sweeps."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
 from lmppl.inference.step_proposals import Proposed
+from lmppl.inference.twists.exclusions import try_start
 from lmppl.inference.twists.lawfulness import LAW_TOLERANCE, agree, broken_form
 from lmppl.inference.twists.product import FactorTwist
 from lmppl.inference.twists.track import TwistTrack
@@ -68,6 +69,7 @@ class SweepChecks:
             c = int(self.frontier.context[int((potential == -math.inf).int().argmax())])
             who = "the twist is 0"
             if self.lawful is not None:
+                try_start(self.target, self.lawful.factors, c)
                 who = f"one of the factors {', '.join(map(repr, self.lawful.names))} is 0"
             raise InfeasibleModel(
                 f"smc: {who} before the first token of context {self.target.contexts[c]!r}, so that Z = 0 there"

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.inference.engine import Request, Shard
+from lmppl.inference.engine import Part, Request, Shard
 from lmppl.inference.guided import DecodingEngine, Guide, GuidedLM
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
+from lmppl.inference.twists.exclusions import try_exclusions
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Feature, FeatureInput
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
@@ -48,7 +50,11 @@ class WeightedDecoding(DecodingEngine):
     Raises
     ------
     ModelError
-        Where an argument is wrong, or a form gives nan or +inf.
+        Where an argument is wrong, or a learned twist is that of another LM.
+    FactorError
+        Where a form gives nan or +inf, or excludes a token after which φ > 0, as far as 16 rows show it.
+    InfeasibleModel
+        Where all draws of a context have γ = 0; a warning is logged where some have.
 
     References
     ----------
@@ -158,6 +164,14 @@ class WeightedDecoding(DecodingEngine):
         """As `Engine.plan`, arguments checked."""
         self.language_model(target.model)
         return super().plan(target, request)
+
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
+        """As `Engine.simulate`; 16 rows of the first shard try what the factors' forms exclude."""
+        part = super().simulate(target, shard, source, state=state)
+        if shard.id == 0:
+            names = self._names(target.model)
+            try_exclusions(target, [f for f in target.factors if f.name in names], part.draws, shard.seed)
+        return part
 
     def language_model(self, model: Model) -> GuidedLM:
         """q for `model`."""

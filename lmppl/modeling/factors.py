@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmppl.modeling.model import Model
     from lmppl.sequences import Sequences
 
-__all__ = ["Factor", "Feature", "Incremental", "start_incremental"]
+__all__ = ["Factor", "Feature", "Incremental", "missing_members", "start_incremental"]
 
 FeatureInput = Literal["text", "full", "ids", "hidden", "log_prior"]
 
@@ -81,6 +81,11 @@ class Incremental(Protocol):
 
     Law: potential(start) + Σ weigh = potential(final) = log φ; potential = −inf means that every continuation is −inf.
     `weigh` is the ratio log ψ(x_≤t) − log ψ(x_<t) for candidate tokens.
+
+    An object of any class will do that has the six methods below, and `needs`, which says what it reads: a collection
+    of "text", "ids" and "hidden", such as the class attribute `needs = ("ids",)`. With "hidden" `advance` gets the LM's
+    `Step` after the token, and with "text" no engine asks about all V tokens unless it is told to. States are its own
+    affair, and are never changed by the caller.
     """
 
     @property
@@ -115,6 +120,25 @@ class Incremental(Protocol):
     def crop(self, state: Any, lengths: Tensor) -> Any:
         """Rows cut back to `lengths` tokens."""
         ...
+
+
+FORM_MEMBERS = ("needs", "start", "weigh", "advance", "potential", "select", "crop")
+
+
+def missing_members(form: object) -> str:
+    """What `form` lacks to be an `Incremental`, as the end of a sentence that begins with its name; "" for nothing."""
+    missing = [name for name in FORM_MEMBERS if not hasattr(form, name)]
+    if not missing:
+        return ""
+    if missing == ["needs"]:
+        return (
+            f" has no `needs`, which says what it reads: give {type(form).__name__} a class attribute such as "
+            'needs = ("ids",), of "text", "ids" and "hidden"'
+        )
+    return (
+        f": got {type(form).__name__}, which has no {', '.join(missing)}; expected an object with needs, start, weigh, "
+        "advance, potential, select and crop (see lmppl.Incremental)"
+    )
 
 
 def start_incremental(form: Incremental, contexts: Tensor, step: Step | None) -> Any:
@@ -162,6 +186,12 @@ class Factor:
     soft: Callable[..., Any] | None = None
     formula: str = ""
     named: bool = field(default=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.incremental is not None:
+            missing = missing_members(self.incremental)
+            if missing:
+                raise ModelError(f"factor {self.name!r}: its incremental form{missing}")
 
     @property
     def stochastic(self) -> bool:

@@ -317,7 +317,7 @@ def test_a_proposal_that_does_not_cover_is_explained():
         ({"every": "line"}, "every='line', expected a number of tokens"),
         ({"every": 0}, "every=0"),
         ({"num_sweeps": 0}, "num_sweeps=0"),
-        ({"twist": "exact"}, "twist=str, expected an object with start"),
+        ({"twist": "exact"}, "twist: got str, .* expected an object with needs, start"),
         ({"proposal": "best"}, "proposal='best', expected 'prior', 'optimal'"),
         ({"proposal": 3}, "proposal=3, expected"),
         ({"proposal": TabularLM.random(4, 2)}, "vocab_size 4, expected the prior's 3"),

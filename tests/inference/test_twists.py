@@ -86,10 +86,10 @@ def test_products_add_up():
     assert isinstance(product, Incremental)
     state = product.start(torch.tensor([0, 1, 0]))
     for tokens in ([0, 1, 1], [1, 1, 0]):
-        each = [t.weigh(s, None) for t, s in zip((a, b), state, strict=True)]
+        each = [t.weigh(s.own, None) for t, s in zip((a, b), state, strict=True)]
         assert product.weigh(state, None).equal(each[0] + each[1])
         state = product.advance(state, torch.tensor(tokens), None)
-    assert product.potential(state).equal(a.potential(state[0]) + b.potential(state[1]))
+    assert product.potential(state).equal(a.potential(state[0].own) + b.potential(state[1].own))
     turned = product.select(state, torch.tensor([2, 0]))
     assert product.potential(turned).equal(product.potential(state)[torch.tensor([2, 0])])
     cut = product.crop(state, torch.tensor([1, 0, 2]))
@@ -168,7 +168,7 @@ def test_a_twist_on_hidden_states_gets_those_of_its_own_rows(kind):
     while len(live := frontier.live):
         track.settle()
         (chunk,) = track._chunks
-        for row, (c, prefix, scores) in zip(live.tolist(), chunk.state, strict=True):
+        for row, (c, prefix, scores) in zip(live.tolist(), chunk.state.own, strict=True):
             assert list(prefix) == frontier.ids[row, : int(frontier.lengths[row])].tolist()
             assert torch.allclose(scores, uncached_logits(lm, c, list(prefix))[-1], atol=1e-9)
             seen += 1

@@ -499,7 +499,7 @@ def test_bad_scores_are_named():
         def crop(self, state, lengths):
             return state
 
-    with pytest.raises(ModelError, match=r"Broken.weigh: got inf for row 0"):
+    with pytest.raises(ModelError, match=r"guide Broken: weigh is inf for token 0 in row 0"):
         infer(model, WeightedDecoding(Broken()), 5, progress=False)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lmppl.errors import FactorError
 from lmppl.lm.base import Step
-from lmppl.modeling.factors import Factor, start_incremental
+from lmppl.modeling.factors import Factor
+from lmppl.modeling.named_forms import NamedForm
 from lmppl.modeling.target import Target
 from lmppl.sequences import Draws
 
@@ -68,14 +69,13 @@ def broken_form(target: Target, factors: Sequence[Factor], row: Draws, tolerance
 
 def _walk(target: Target, factor: Factor, row: Draws, length: int, tolerance: float) -> tuple[float, float, int | None]:
     """Sum of increments, potential, and the number of tokens after which they differ first (None: nowhere)."""
-    form = factor.incremental
-    assert form is not None
     lm = target.prior
+    form = NamedForm.of(factor, lm.vocab_size)
     context, ids = row.context.to(lm.device), row.ids.to(lm.device)
     with torch.no_grad():
         decoder = lm.decoder()
         step, cache = decoder.prefill(context)
-        state = start_incremental(form, context, step)
+        state = form.start(context, step)
         total = potential = float(form.potential(state)[0])
         for t in range(length):
             tokens = ids[:, t]
@@ -85,7 +85,7 @@ def _walk(target: Target, factor: Factor, row: Draws, length: int, tolerance: fl
             if "hidden" in form.needs:
                 step, cache = decoder.extend(cache, tokens[:, None])
             after: Step | None = step if "hidden" in form.needs else None
-            state = form.advance(state, tokens, after)  # type: ignore[arg-type]
+            state = form.advance(state, tokens, after)
             potential = float(form.potential(state)[0])
             if _differ(total, potential, tolerance):
                 return total, potential, t + 1

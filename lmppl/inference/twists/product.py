@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.lm.base import Step
-from lmppl.modeling.factors import Factor, Incremental, start_incremental
+from lmppl.lm.base import LanguageModel, Step
+from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.model import Model
+from lmppl.modeling.named_forms import NamedForm
 from lmppl.modeling.target import Target
 
 __all__ = ["FactorTwist", "ProductTwist"]
@@ -27,17 +28,21 @@ class ProductTwist:
     """
 
     def __init__(self, *twists: Incremental) -> None:
-        wrong = [t for t in twists if not isinstance(t, Incremental)]
-        if wrong:
-            raise ModelError(
-                f"twist: got {type(wrong[0]).__name__}, expected an object with start, weigh, advance, potential, "
-                "select and crop (see lmppl.Incremental)"
-            )
         self.twists = twists
+        self.parts = self._named()
         self.needs: Collection[Literal["text", "ids", "hidden"]] = frozenset(n for t in twists for n in t.needs)
+
+    def _named(self) -> tuple[NamedForm, ...]:
+        """The twists, each call checked."""
+        return tuple(NamedForm(t, "twist") for t in self.twists)
 
     def __len__(self) -> int:
         return len(self.twists)
+
+    def unsupported_reason(self, lm: LanguageModel) -> str | None:
+        """Why one of the twists cannot serve `lm`, in one sentence; None where all can."""
+        reasons = (refuse(lm) for t in self.twists if (refuse := getattr(t, "unsupported_reason", None)) is not None)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def fingerprint(self) -> str:
@@ -50,7 +55,7 @@ class ProductTwist:
 
     def start(self, contexts: Tensor, step: Step | None = None) -> tuple[Any, ...]:
         """As `Incremental.start`."""
-        return tuple(start_incremental(t, contexts, step) for t in self.twists)
+        return tuple(t.start(contexts, step) for t in self.parts)
 
     def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`."""
@@ -58,23 +63,23 @@ class ProductTwist:
 
     def terms(self, state: Any, candidates: Tensor | None) -> list[Tensor]:
         """`weigh` of each of the twists."""
-        return [t.weigh(s, candidates) for t, s in zip(self.twists, state, strict=True)]
+        return [t.weigh(s, candidates) for t, s in zip(self.parts, state, strict=True)]
 
     def advance(self, state: Any, tokens: Tensor, step: Any) -> tuple[Any, ...]:
         """As `Incremental.advance`."""
-        return tuple(t.advance(s, tokens, step) for t, s in zip(self.twists, state, strict=True))
+        return tuple(t.advance(s, tokens, step) for t, s in zip(self.parts, state, strict=True))
 
     def potential(self, state: Any) -> Tensor:
         """As `Incremental.potential`."""
-        return _sum([t.potential(s) for t, s in zip(self.twists, state, strict=True)])
+        return _sum([t.potential(s) for t, s in zip(self.parts, state, strict=True)])
 
     def select(self, state: Any, index: Tensor) -> tuple[Any, ...]:
         """As `Incremental.select`."""
-        return tuple(t.select(s, index) for t, s in zip(self.twists, state, strict=True))
+        return tuple(t.select(s, index) for t, s in zip(self.parts, state, strict=True))
 
     def crop(self, state: Any, lengths: Tensor) -> tuple[Any, ...]:
         """As `Incremental.crop`."""
-        return tuple(t.crop(s, lengths) for t, s in zip(self.twists, state, strict=True))
+        return tuple(t.crop(s, lengths) for t, s in zip(self.parts, state, strict=True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.twists))})"
@@ -90,16 +95,22 @@ class FactorTwist(ProductTwist):
     ----------
     factors : sequence of Factor
         Those without an incremental form are left out; `FactorTwist.of(model)` takes a model's.
+    vocab_size : int, optional
+        V, for the shape of increments of all tokens; not checked by default.
     """
 
-    def __init__(self, factors: Sequence[Factor]) -> None:
+    def __init__(self, factors: Sequence[Factor], vocab_size: int | None = None) -> None:
         self.factors = tuple(f for f in factors if f.incremental is not None)
+        self.vocab_size = vocab_size
         super().__init__(*(f.incremental for f in self.factors if f.incremental is not None))
 
     @classmethod
     def of(cls, model: Model) -> FactorTwist:
         """The twist of a model's factors, bound to its prior: constraints have forms that know the prior's tokens."""
-        return cls(Target(model).factors)
+        return cls(Target(model).factors, model.prior.vocab_size)
+
+    def _named(self) -> tuple[NamedForm, ...]:
+        return tuple(NamedForm.of(f, self.vocab_size) for f in self.factors)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,16 +6,20 @@ a twist that reads hidden states gets those of the forward that is due anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmppl.inference.twists.product import ProductTwist
 from lmppl.lm.base import LanguageModel, Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.frontier import Frontier
 from lmppl.modeling.factors import Incremental, start_incremental
+from lmppl.modeling.named_forms import FormRowError, NamedForm
 from lmppl.sequences import Cost
 
 __all__ = ["TwistTrack", "replay"]
@@ -43,26 +47,31 @@ class TwistTrack:
 
     def __init__(self, twist: Incremental, frontier: Frontier) -> None:
         self.twist, self.frontier = twist, frontier
+        self._form = checked(twist, frontier.lm)
         self.hidden = "hidden" in twist.needs
         step = frontier.step
         first = Step(step.project, step.hidden[:, -1:][frontier.row_of])
-        state = start_incremental(twist, frontier.context, first)
+        state = self._form.start(frontier.context, first)
         self._chunks = [_Chunk(state, torch.arange(len(frontier.live), device=frontier.ids.device), None, None)]
-        self.start_potential: Tensor = twist.potential(state)
+        self.start_potential: Tensor = self._asked(frontier.live, lambda: self._form.potential(state))
 
     def weigh(self, candidates: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """(L, k) or (L, V) increments of the live rows; (M, k) of those at positions `rows` (M,)."""
         self.settle()
+        form = self._form
         if len(self._chunks) == 1:
             state = self._chunks[0].state
-            return self.twist.weigh(state if rows is None else self.twist.select(state, rows), candidates)
+            if rows is None:
+                return self._asked(self._chunks[0].position, lambda: form.weigh(state, candidates))
+            return self._asked(rows, lambda: form.weigh(form.select(state, rows), candidates))
         if rows is not None and candidates is not None:
             spread = candidates.new_zeros(len(self.frontier.live), candidates.shape[1])
             spread[rows] = candidates
             return self.weigh(spread)[rows]
         result: Tensor | None = None
         for chunk in self._chunks:
-            part = self.twist.weigh(chunk.state, None if candidates is None else candidates[chunk.position])
+            some = None if candidates is None else candidates[chunk.position]
+            part = self._asked(chunk.position, partial(form.weigh, chunk.state, some))
             if result is None:
                 result = part.new_zeros(len(self.frontier.live), part.shape[1])
             result[chunk.position] = part
@@ -72,18 +81,27 @@ class TwistTrack:
     def potential(self) -> Tensor:
         """(L,) log ψ of the live rows."""
         self.settle()
-        if len(self._chunks) == 1:
-            return self.twist.potential(self._chunks[0].state)
-        parts = torch.cat([self.twist.potential(c.state) for c in self._chunks])
-        result = torch.empty_like(parts)
-        result[torch.cat([c.position for c in self._chunks])] = parts
+        parts = [self._asked(c.position, partial(self._form.potential, c.state)) for c in self._chunks]
+        if len(parts) == 1:
+            return parts[0]
+        together = torch.cat(parts)
+        result = torch.empty_like(together)
+        result[torch.cat([c.position for c in self._chunks])] = together
         return result
+
+    def _asked(self, positions: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """What the twist answers about the live rows at `positions`; an error quotes the text of its row."""
+        try:
+            return call()
+        except FormRowError as error:
+            row = int(self.frontier.live[positions[error.row]])
+            raise error.told(self.frontier.sequences().select([row]).text[0]) from error
 
     def terms(self, rows: Tensor, tokens: Tensor) -> list[Tensor]:
         """The increments of each twist of a product, at the live rows' positions `rows`, of tokens not appended yet."""
         chunk = self._chunks[0]
-        state = self.twist.select(chunk.state, rows)
-        return [t[:, 0] for t in self.twist.terms(state, tokens[:, None])]  # type: ignore[attr-defined]
+        state = self._form.select(chunk.state, rows)
+        return [t[:, 0] for t in self._form.terms(state, tokens[:, None])]  # type: ignore[attr-defined]
 
     def append(self, tokens: Tensor, keep: Tensor) -> None:
         """The live rows (L,) have read `tokens`; those of `keep` (L,) bool go on."""
@@ -124,19 +142,19 @@ class TwistTrack:
             position = torch.nonzero(lengths == length).squeeze(1)
             rows = live[position]
             context, ids = frontier.context[rows], frontier.ids[rows, :length]
-            state = replay(self.twist, frontier.lm, context, ids, frontier.decoder.cost)
+            state = replay(self._form, frontier.lm, context, ids, frontier.decoder.cost)
             self._chunks.append(_Chunk(state, position, None, None))
 
     def settle(self) -> None:
         """Bring the states up to date: select, then advance."""
         for chunk in self._chunks:
             if chunk.index is not None:
-                chunk.state = self.twist.select(chunk.state, chunk.index)
+                chunk.state = self._form.select(chunk.state, chunk.index)
                 chunk.tokens = None if chunk.tokens is None else chunk.tokens[chunk.index]
                 chunk.index = None
             if chunk.tokens is not None:
                 step = self._step(chunk.position)
-                chunk.state = self.twist.advance(chunk.state, chunk.tokens, step)  # type: ignore[arg-type]
+                chunk.state = self._form.advance(chunk.state, chunk.tokens, step)  # type: ignore[arg-type]
                 chunk.tokens = None
 
     def _step(self, position: Tensor) -> Step | None:
@@ -144,6 +162,13 @@ class TwistTrack:
             return None
         step = self.frontier.step
         return Step(step.project, step.hidden[:, -1:][self.frontier.row_of[position]])
+
+
+def checked(twist: Incremental, lm: LanguageModel) -> Incremental:
+    """The twist with each of its calls checked; a product checks those of its parts."""
+    if isinstance(twist, ProductTwist | NamedForm):
+        return twist
+    return NamedForm(twist, "twist", lm.vocab_size)
 
 
 def replay(twist: Incremental, lm: LanguageModel, context: Tensor, tokens: Tensor, cost: Cost) -> Any:
