@@ -12,10 +12,9 @@ from torch import Tensor
 from lmppl.comparison.reference import Reference
 from lmppl.inference.approximation import Approximation, ExactTable
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law
+from lmppl.inference.coverage import positive_everywhere
 from lmppl.inference.engine import Guarantee
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.tabular import TabularLM
-from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling.target import log_evidence
 from lmppl.sequences import Draws
 
@@ -76,7 +75,7 @@ class Law:
             return False
         if model is None or any(f.hard is not False for f in model.factors):
             return True
-        return self.has_weights and self.density is not model.prior and not _positive_everywhere(model.prior)
+        return self.has_weights and self.density is not model.prior and not positive_everywhere(model.prior)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -141,13 +140,6 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None) ->
     if approximation.guarantee is Guarantee.CONSISTENT:
         return Law("weighted", "→ π*", approximation)
     return Law("other", "its own", approximation)
-
-
-def _positive_everywhere(prior: LanguageModel) -> bool:
-    """Whether every token has positive probability after every prefix, as far as the LM's kind tells."""
-    if isinstance(prior, TabularLM):
-        return bool((prior.log_table > -torch.inf).all())
-    return isinstance(prior, TransformersLM) and prior.top_k is None and prior.top_p is None
 
 
 def _drawn_from_prior(draws: Draws) -> bool:

@@ -17,8 +17,8 @@ from torch import Tensor
 from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
+from lmppl.inference.coverage import truncates
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
-from lmppl.inference.proposals import truncates
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.lm.decoding import plan_rows
 from lmppl.lm.derived import DerivedLM, count_base

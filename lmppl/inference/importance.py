@@ -23,6 +23,7 @@ from lmppl.diagnostics.weights import (
 )
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
+from lmppl.inference.coverage import coverage_note
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, shard_generator
 from lmppl.inference.proposals import (
     as_proposal,
@@ -31,7 +32,6 @@ from lmppl.inference.proposals import (
     densities,
     evaluate_inside,
     propose,
-    truncates,
 )
 from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
 from lmppl.lm.base import LanguageModel
@@ -224,8 +224,8 @@ class Importance(Engine):
             # A bound that is a hair larger is a bound too; rounding of the densities never exceeds it.
             log_bound = target.form.log_upper - math.log(self.defensive) + ROUNDING
         coverage = ""
-        if lm is not None and self.defensive == 0.0 and truncates(lm):
-            coverage = "the proposal is truncated, so it may not cover π*: then E Ẑ < Z and no weight shows it"
+        if lm is not None and self.defensive == 0.0:
+            coverage = coverage_note(lm, target.prior)
         binary = lm is None and all(isinstance(f, Constraint) for f in target.factors)
         return {"log_bound": log_bound, "binary": binary, "coverage": coverage}
 

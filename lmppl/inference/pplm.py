@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError, UnsupportedModel
+from lmppl.inference.coverage import truncates
 from lmppl.inference.engine import Request, Shard
 from lmppl.inference.guided import DecodingEngine, SteeredLM, steered_step
-from lmppl.inference.proposals import truncates
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.lm.derived import count_base
 from lmppl.lm.perturbation import context_ends, has_open_past, past_of, read_again, zeros_like_past

@@ -26,7 +26,6 @@ __all__ = [
     "draw_from",
     "evaluate_inside",
     "propose",
-    "truncates",
 ]
 
 ROUNDING = 1e-12  # relative; float64 rounding of a sum of log-factors
@@ -56,7 +55,20 @@ def as_proposal(proposal: LanguageModel | Approximation, prior: LanguageModel) -
         got, expected = getattr(lm, name), getattr(prior, name)
         if got != expected:
             raise ModelError(f"proposal: got {name} {got!r}, expected the prior's {expected!r}; {fix}")
+    symbols, expected = _symbols(lm), _symbols(prior)
+    if symbols is not None and expected is not None and symbols != expected:
+        raise ModelError(
+            f"proposal: got vocabulary {symbols!r}, expected the prior's {expected!r}; a proposal reads the same "
+            "tokens as the prior, in the same order"
+        )
     return lm
+
+
+def _symbols(lm: LanguageModel) -> tuple[str, ...] | None:
+    """The symbols of a table, or of the table that an LM is derived from; None where there are none to compare."""
+    while isinstance(base := getattr(lm, "base", getattr(lm, "prior", None)), LanguageModel):
+        lm = base
+    return getattr(lm, "vocabulary", None)
 
 
 def propose(
@@ -140,12 +152,6 @@ def evaluate_inside(target: Target, draws: Draws) -> Draws:
         features={name: spread(column) for name, column in part.features.items()},
         log_factors={name: spread(column) for name, column in part.log_factors.items()},
     )
-
-
-def truncates(lm: LanguageModel) -> bool:
-    """Whether the LM says that it gives probability zero to tokens on purpose."""
-    declared = [getattr(lm, name, None) for name in ("top_k", "top_p")]
-    return bool(getattr(lm, "truncated", False)) or any(value is not None for value in declared)
 
 
 def _refuse(above: Tensor, draws: Draws, value: Tensor, what: str, bound: str) -> None:

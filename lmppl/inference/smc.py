@@ -16,9 +16,10 @@ from lmppl.diagnostics.normalizers import log_mean_sweeps, stack
 from lmppl.diagnostics.weights import KHAT_LIMIT, TailShape, effective_sample_size, pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
+from lmppl.inference.coverage import coverage_note
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.genealogy import distinct_ancestors
-from lmppl.inference.proposals import as_proposal, truncates
+from lmppl.inference.proposals import as_proposal
 from lmppl.inference.resampling import RESAMPLING
 from lmppl.inference.step_proposals import LanguageModelProposal, OptimalProposal, PriorProposal, StepProposal
 from lmppl.inference.sweep import BOUNDARIES, Retained, Schedule, Sweep, SweepResult
@@ -251,8 +252,8 @@ class SMC(Engine):
         forms = [f for f in target.factors if f.incremental is not None] if self.twist is None else []
         hard = all(isinstance(f, Constraint) for f in forms) and (self.twist is None or twist is None)
         coverage = ""
-        if isinstance(proposal, LanguageModelProposal) and truncates(proposal.lm):
-            coverage = "the proposal is truncated, so it may not cover π*: then E Ẑ < Z and no weight shows it"
+        if isinstance(proposal, LanguageModelProposal):
+            coverage = coverage_note(proposal.lm, target.prior)
         return {
             "factors": [f.name for f in target.factors],
             "log_upper": target.form.log_upper,

@@ -23,6 +23,7 @@ from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, log_evidence
+from lmppl.sequences import Sequences
 from tests.models import ENUMERABLE, TOLERANCE, BruteForce, brute_force, enumerable_lm, has_no, wavy
 
 FACTORS = {
@@ -293,9 +294,14 @@ def test_weights_at_their_bound_survive_rounding() -> None:
 
 
 def test_factors_read_the_priors_text_whatever_the_proposal_calls_its_tokens() -> None:
-    """Two vocabularies of equal size: γ is a function of the ids, which only the prior may decode."""
+    """γ is a function of the ids, which only the prior may decode."""
+
+    class Shouts(TabularLM):
+        def decode(self, sequences: Sequences) -> list[str]:
+            return [text.upper() for text in super().decode(sequences)]
+
     prior = TabularLM([0.5, 0.3, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
-    renamed = TabularLM([0.5, 0.3, 0.2], ["b", "a", "<eos>"], max_new_tokens=3)
+    renamed = Shouts([0.5, 0.3, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
     model = prior * Reward(lambda texts: [float(t.count("a")) for t in texts], name="a")
     draws = infer(model, Importance(200, proposal=renamed)).draws
     assert draws.text == prior.decode(draws)

@@ -1,0 +1,120 @@
+"""Whether a proposal covers: declared truncation, zeros of tables, and what estimates of log Z say about it."""
+
+import pytest
+import torch
+
+from lmppl.errors import ModelError
+from lmppl.inference import infer
+from lmppl.inference.coverage import coverage_note, may_not_cover, positive_everywhere
+from lmppl.inference.exact import Exact
+from lmppl.inference.importance import Importance
+from lmppl.inference.proposals import as_proposal
+from lmppl.inference.smc import SMC
+from lmppl.inference.weighted_decoding import WeightedDecoding
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.reward import Reward
+from tests.inference.smc_cases import ArbitraryTwist
+from tests.models import brute_force, enumerable_lm, wavy
+
+SYMBOLS = ["a", "b", "<eos>"]
+
+
+def table(rows, cap=3, **options):
+    return TabularLM(rows, SYMBOLS, max_new_tokens=cap, **options)
+
+
+EVERYTHING = table([[0.5, 0.3, 0.2]] * 4)
+NO_B = table([[0.8, 0.0, 0.2]] * 4)
+NO_B_AFTER_B = table([[0.5, 0.3, 0.2], [0.8, 0.0, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+AFTER_THE_END = table([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [0.5, 0.3, 0.2]])
+NO_END_AT_THE_START = table([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.6, 0.4, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("lm", "prior", "expected"),
+    [
+        (EVERYTHING, NO_B, False),
+        (NO_B, EVERYTHING, True),
+        (NO_B, NO_B, False),
+        (table([[0.6, 0.0, 0.4]] * 4), NO_B, False),
+        (NO_B_AFTER_B, EVERYTHING, True),
+        (NO_B_AFTER_B, NO_B, False),  # the prior never makes the b after which q has none
+        (AFTER_THE_END, EVERYTHING, False),  # nothing follows <eos>
+        (NO_END_AT_THE_START, EVERYTHING, True),
+        (table([[0.5, 0.3, 0.2], [0.8, 0.0, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], cap=1),
+         table([[0.5, 0.3, 0.2]] * 4, cap=1), False),  # the zero is beyond the cap
+        (NO_B.at_temperature(2.0), EVERYTHING, True),
+        (NO_B, EVERYTHING.at_temperature(0.5), True),
+        (NO_B.at_temperature(2.0), NO_B, False),
+    ],
+)  # fmt: skip
+def test_zeros_of_a_table_that_the_prior_can_reach(lm, prior, expected):
+    """Against the definition: q(x) = 0 < π0(x) for some outcome."""
+    assert may_not_cover(lm, prior) is expected
+    rows = prior.enumerate_sequences()
+    missed = (lm.score(rows) == -torch.inf) & (prior.score(rows) > -torch.inf)
+    assert bool(missed.any()) is expected
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_tables_with_zeros(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tables = []
+    for order in (1, 2):
+        probs = torch.rand(*(4,) * order, 3, generator=generator, dtype=torch.float64)
+        probs = probs * (torch.rand(probs.shape, generator=generator) > 0.15)
+        probs[..., 0] += 0.1
+        tables.append(table(probs / probs.sum(-1, keepdim=True), context=["", "a"]))
+    for lm, prior in (tables, tables[::-1]):
+        missed = False
+        for c in range(2):
+            rows = prior.enumerate_sequences(c)
+            missed |= bool(((lm.score(rows) == -torch.inf) & (prior.score(rows) > -torch.inf)).any())
+        assert may_not_cover(lm, prior) is missed
+
+
+def test_what_is_known_of_other_language_models():
+    llama = enumerable_lm("llama")
+    assert positive_everywhere(llama)
+    assert positive_everywhere(EVERYTHING)
+    assert not positive_everywhere(NO_B)
+    assert not positive_everywhere(NO_B.at_temperature(2.0))
+    assert not may_not_cover(llama, EVERYTHING)
+    guided = WeightedDecoding(ArbitraryTwist(3)).language_model(EVERYTHING * Reward(wavy))
+    assert not may_not_cover(guided, EVERYTHING)
+    assert may_not_cover(NO_B, guided)  # not a table: taken to be positive
+    cut = WeightedDecoding(ArbitraryTwist(3), top_k=2).language_model(EVERYTHING * Reward(wavy))
+    assert "is truncated" in coverage_note(cut, EVERYTHING)
+    exact = infer(NO_B * Reward(wavy), Exact(), progress=False).as_language_model()
+    assert coverage_note(exact, NO_B) == ""
+
+
+@pytest.mark.parametrize("engine", [Importance(200), SMC(16)])
+def test_an_estimate_says_that_its_proposal_may_not_cover(engine):
+    from dataclasses import replace
+
+    model = EVERYTHING * Reward(wavy, beta=0.4)
+    run = infer(model, replace(engine, proposal=NO_B), progress=False)
+    note = "gives probability 0 to tokens that the prior can make, so it may not cover π*: then E Ẑ < Z"
+    assert all(note in e.note for e in run.log_normalizer)
+    assert float(run.log_normalizer[0].value[0]) < float(brute_force(model, 0).log_z) - 0.1
+    run = infer(model, replace(engine, proposal=table([[0.4, 0.4, 0.2]] * 4)), progress=False)
+    assert not any("cover" in e.note for e in run.log_normalizer)
+    run = infer(NO_B * Reward(wavy), replace(engine, proposal=NO_B), progress=False)
+    assert not any("cover" in e.note for e in run.log_normalizer)
+
+
+def test_a_defensive_mixture_covers():
+    model = EVERYTHING * Reward(wavy, beta=0.4)
+    run = infer(model, Importance(200, proposal=NO_B, defensive=0.2), progress=False)
+    assert not any("cover" in e.note for e in run.log_normalizer)
+
+
+def test_other_symbols_are_other_tokens():
+    other = TabularLM([[0.5, 0.3, 0.2]] * 4, ["b", "a", "<eos>"], max_new_tokens=3)
+    for lm in (other, other.at_temperature(2.0)):
+        with pytest.raises(
+            ModelError, match=r"got vocabulary \('b', 'a', '<eos>'\), expected the prior's \('a', 'b', "
+        ):
+            as_proposal(lm, EVERYTHING)
+    assert as_proposal(EVERYTHING, EVERYTHING) is EVERYTHING
