@@ -26,6 +26,7 @@ from lmppl.inference.mcmc import (
     Mixture,
     Restart,
     SuffixResample,
+    Tempered,
     TokenGibbs,
 )
 from lmppl.inference.smc import SMC
@@ -53,7 +54,13 @@ ENGINES: dict[str, Engine] = {
     "smc, multinomial": SMC(64, resampling="multinomial", num_sweeps=12),
     "smc, by words": SMC(64, every="word", num_sweeps=12),
     "mcmc": MCMC(64, num_steps=32),
+    "tempered": Tempered(32, num_temperatures=4, num_steps=32, warmup=32),
+    "ais": lmppl.AIS(64, num_sweeps=8),
+    "tempered smc": lmppl.TemperedSMC(64, num_sweeps=8),
+    "splitting": lmppl.Splitting(64, num_sweeps=8),
+    "quasi-rejection": lmppl.QuasiRejection(400, acceptance=0.5),
 }
+OTHER_LAW = ("quasi-rejection",)  # its means are not those of π*
 
 
 @cache
@@ -115,6 +122,8 @@ def test_engines_agree_with_rejection_within_their_stated_errors(name: str) -> N
         (known,) = exact().log_normalizer
         gap = abs(float(other.value[0] - known.value[0]))
         assert gap < STANDARD_ERRORS * math.hypot(float(other.standard_error[0]), float(known.standard_error[0]))
+    if name in OTHER_LAW:
+        return
     for fn in ("sentiment", lmppl.Feature("length", lambda rows: rows.lengths.double(), on="ids")):
         mine, truth = result(name).expectation(fn), exact().expectation(fn)
         gap = abs(float(mine.value[0] - truth.value[0]))
