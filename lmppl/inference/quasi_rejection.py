@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,10 @@ from lmppl.diagnostics.quasi_rejection import (
 from lmppl.diagnostics.weights import pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Sampler
+from lmppl.inference.coverage import coverage_note
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.importance import importance_log_weights
+from lmppl.inference.proposal_rounds import ProposalShard, ending, next_round, shortfall, tally
 from lmppl.inference.proposals import (
     as_proposal,
     check_bounds,
@@ -33,6 +34,7 @@ from lmppl.inference.proposals import (
     draw_from,
     evaluate_inside,
 )
+from lmppl.inference.refusals import first_context
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
@@ -41,26 +43,21 @@ from lmppl.sequences import Draws, concatenate
 
 __all__ = ["QuasiRejection", "QuasiRejectionShard"]
 
-log = logging.getLogger(__name__)
-
 ACCEPTANCE = 0.1  # where neither a bound nor a rate is given
+DISTANCES_NOTE = "the proposal may not cover π*: distances are lower bounds, of what q reaches alone"
 RATES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)  # of the curve, where no bounds are given
-SAFETY = 1.2  # proposals of the next shard, over what the acceptance rate so far asks for
 
 
 @dataclass(frozen=True)
-class QuasiRejectionShard(Shard):
-    """A shard of proposals.
+class QuasiRejectionShard(ProposalShard):
+    """A round of proposals.
 
     Parameters
     ----------
-    wanted : int or None
-        The run is met at so many accepted draws per context (None: a budget ends it).
     log_bounds : tuple of float
         log M_q of each context; empty in the shard that only weighs proposals, to choose it.
     """
 
-    wanted: int | None = None
     log_bounds: tuple[float, ...] = ()
 
 
@@ -107,9 +104,10 @@ class QuasiRejection(Engine):
     -----
     `info`, each (C,): `log_bound`, `proposals`, `accepted`, `acceptance_rate`, `exceeding` (proposals with γ/q > M_q:
     none is the sign of an exact law), `total_variation`, `total_variation_bound`, `kl` (KL(π*‖law)), `reverse_kl`,
-    each with a standard error `..._error`; `khat` of the proposals' weights, above 0.7 a sign that these figures are
-    too small; `shortfall`. `log_normalizer`: log Ẑ from the weights of the proposals, then log Ẑ_q ≤ log Z from the
-    acceptances. Columns of the draws: `shard`, `proposal`, `excess`.
+    each with a standard error `..._error`; `distances_note` where q may not cover π*: all four are then lower bounds;
+    `khat` of the proposals' weights, above 0.7 a sign that these figures are too small; `shortfall`. `log_normalizer`:
+    log Ẑ from the weights of the proposals, then log Ẑ_q ≤ log Z from the acceptances. Columns of the draws: `shard`,
+    `proposal`, `excess`.
 
     References
     ----------
@@ -174,7 +172,8 @@ class QuasiRejection(Engine):
                     )
             else:
                 bounds = [float(b) for b in log_bounds]
-            made.append(quasi_rejection_curve(log_w, torch.tensor(bounds, dtype=torch.float64), level=LEVEL))
+            curve = quasi_rejection_curve(log_w, torch.tensor(bounds, dtype=torch.float64), level=LEVEL)
+            made.append(_noted(curve) if part.info["coverage"] else curve)
         return tuple(made)
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
@@ -189,7 +188,7 @@ class QuasiRejection(Engine):
 
     def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
         last = _shard(parts[-1])
-        tried, accepted = _tally(parts)
+        tried, accepted = tally(_rounds(parts), target.form.num_contexts)
         log_bounds = last.log_bounds or self._log_bounds(target, parts[0])
         return self._next(target, last.id + 1, last.seed, last.wanted, log_bounds, tried, accepted)
 
@@ -205,6 +204,9 @@ class QuasiRejection(Engine):
         log_w = proposals.log_weight
         assert log_w is not None
         info: dict[str, Any] = {"log_weights": log_w}
+        if shard.id == 0:
+            lm = self._proposal(target)
+            info["coverage"] = "" if lm is None else coverage_note(lm, target.prior)
         if not shard.log_bounds:
             chosen = torch.zeros(0, dtype=torch.int64)
             columns = {"shard": chosen, "proposal": chosen, "excess": chosen.double()}
@@ -223,7 +225,7 @@ class QuasiRejection(Engine):
         return Part(shard, draws.with_columns(log_weight=None, log_q=None, columns=columns), info=info)
 
     def merge(self, parts: Sequence[Part]) -> Sampler:
-        rounds = [p for p in parts if _shard(p).log_bounds]
+        rounds = _rounds(parts)
         whole = concatenate([p.draws for p in parts])
         contexts = whole.num_contexts
         if not rounds:
@@ -232,21 +234,11 @@ class QuasiRejection(Engine):
                 "larger budget"
             )
         wanted, log_bounds = _shard(rounds[0]).wanted, torch.tensor(_shard(rounds[0]).log_bounds, dtype=torch.float64)
-        tried, accepted = _tally(rounds)
         weights = _weights_by_context(rounds, contexts)
         _refuse_zero(whole.prompts, weights)
-        kept = []
-        for c in range(contexts):
-            rows = torch.nonzero(whole.context == c).squeeze(1)
-            if wanted is not None and len(rows) >= wanted:
-                rows = rows[:wanted]
-                last = rows[-1]
-                tried[c] = _proposals_before(rounds, c, int(whole.columns["shard"][last]))
-                tried[c] += int(whole.columns["proposal"][last]) + 1
-                accepted[c] = wanted
-            kept.append(rows)
+        end = ending(whole, rounds, wanted)
+        tried, accepted, stopped = end.tried, end.accepted, end.stopped
         self._refuse_empty(whole.prompts, tried, accepted, log_bounds)
-        stopped = torch.zeros_like(tried, dtype=torch.bool) if wanted is None else accepted == wanted
         # Of a context that stopped at its last acceptance the proposals before that one are a fair sample of q:
         # given N they hold k − 1 accepted and N − k refused ones, and E[(k−1)/(N−1)] is the acceptance rate.
         fair = torch.where(stopped & (accepted > 1), tried - 1, tried).tolist()
@@ -261,8 +253,12 @@ class QuasiRejection(Engine):
             **_figures(weights, log_bounds),
         }
         if wanted is not None and not bool(stopped.all()):
-            info["shortfall"] = self._shortfall(whole.prompts, tried, accepted, wanted)
+            advice = "raise max_tries or ask for a higher acceptance="
+            info["shortfall"] = shortfall(self.name, whole.prompts, end, wanted, self.max_tries, advice)
         estimates = [stack([log_mean_weight(w, LEVEL) for w in weights])]
+        if parts[0].info["coverage"]:
+            info["distances_note"] = DISTANCES_NOTE
+            estimates[0] = replace(estimates[0], note=f"{estimates[0].note}; {parts[0].info['coverage']}")
         if bool((stopped & (accepted == 1)).any()):
             note = f"{estimates[0].note}; biased where a run stops at its first acceptance: ask for two draws or more"
             estimates[0] = replace(estimates[0], kind="consistent", note=note)
@@ -277,13 +273,13 @@ class QuasiRejection(Engine):
                     note=f"log Z_q ≤ log Z; {lower.note}",
                 )
             )
-        return Sampler(whole.select(torch.cat(kept)), tuple(estimates), self.guarantee, info)
+        return Sampler(end.draws, tuple(estimates), self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
-        rounds = [p for p in parts if _shard(p).log_bounds]
+        rounds = _rounds(parts)
         if not rounds:
             return {"pilot": f"{parts[0].shard.num_draws:,}"}
-        tried, accepted = _tally(rounds)
+        tried, accepted = tally(rounds, parts[0].draws.num_contexts)
         figures = {"draws": f"{int(accepted.sum()):,}", "acceptance": f"{float(accepted.sum() / tried.sum()):.2%}"}
         bounds = []
         log_bounds = _shard(rounds[0]).log_bounds
@@ -356,49 +352,27 @@ class QuasiRejection(Engine):
         tried: Tensor,
         accepted: Tensor,
     ) -> list[Shard]:
-        """The shard after `tried` proposals and `accepted` draws per context; none where every context is done."""
-        pending = tried < self.max_tries
-        if wanted is not None:
-            pending &= accepted < wanted
-        contexts = tuple(torch.nonzero(pending).squeeze(1).tolist())
-        if not contexts:
+        shard = next_round(target, number, seed, wanted, tried, accepted, batch=self.batch, max_tries=self.max_tries)
+        if shard is None:
             return []
-        size = max(1, self.batch // len(contexts))
-        if wanted is not None:
-            # (k+1)/(n+1) starts at 1: the first shard proposes about as often as is wanted.
-            rate = (accepted[pending] + 1.0) / (tried[pending] + 1.0)
-            needed = SAFETY * (wanted - accepted[pending]) / rate
-            size = min(size, math.ceil(float(needed.max())))
-        size = min(size, self.max_tries - int(tried[pending].max()))
-        base = make_shard(target, number, size, seed, contexts)
         return [
-            QuasiRejectionShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size, wanted, log_bounds)
+            QuasiRejectionShard(
+                shard.id, shard.num_draws, shard.seed, shard.contexts, shard.batch_size, wanted, log_bounds
+            )
         ]
 
     def _refuse_empty(self, prompts: Sequence[str], tried: Tensor, accepted: Tensor, log_bounds: Tensor) -> None:
         """Raise where a context has no accepted draw."""
-        empty = torch.nonzero(accepted == 0).squeeze(1).tolist()
-        if not empty:
+        found = first_context(accepted == 0)
+        if found is None:
             return
-        c = empty[0]
-        also = f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
+        c, also = found
         rate = float(binomial_upper(accepted[c], tried[c], LEVEL))
         raise InfeasibleModel(
             f"quasi_rejection: 0 of {int(tried[c]):,} proposals accepted for context {prompts[c]!r}{also}: Z_q < "
             f"{rate:.1e}·M_q, log M_q = {float(log_bounds[c]):.4g}, with {LEVEL:.0%} confidence; lower bound=, ask for "
             "an acceptance= instead, raise max_tries, or use a proposal that steers"
         )
-
-    def _shortfall(self, prompts: Sequence[str], tried: Tensor, accepted: Tensor, wanted: int) -> list[str]:
-        short = torch.nonzero(accepted < wanted).squeeze(1).tolist()
-        for c in short:
-            capped = int(tried[c]) >= self.max_tries
-            log.warning(
-                "quasi_rejection: context %r has %d of %d draws after %s proposals; %s",
-                prompts[c], int(accepted[c]), wanted, f"{int(tried[c]):,}",
-                "raise max_tries or ask for a higher acceptance=" if capped else "the run ended first",
-            )  # fmt: skip
-        return [prompts[c] for c in short]
 
 
 def _figures(weights: Sequence[Tensor], log_bounds: Tensor) -> dict[str, Tensor]:
@@ -410,6 +384,12 @@ def _figures(weights: Sequence[Tensor], log_bounds: Tensor) -> dict[str, Tensor]
         found[name] = torch.cat([e.value for e in estimates])
         found[f"{name}_error"] = torch.cat([e.standard_error for e in estimates])
     return found
+
+
+def _noted(curve: QuasiRejectionCurve) -> QuasiRejectionCurve:
+    """The curve of a q that may not cover π*."""
+    figures = {name: getattr(curve, name) for name in (*DISTANCES, "tail")}
+    return replace(curve, **{name: replace(e, note=f"{e.note}; {DISTANCES_NOTE}") for name, e in figures.items()})
 
 
 def _shard(part: Part) -> QuasiRejectionShard:
@@ -429,19 +409,9 @@ def _weights_by_context(parts: Sequence[Part], num_contexts: int) -> list[Tensor
     return [torch.cat(log_w) for log_w in found]
 
 
-def _tally(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """Proposals and acceptances (C,) of whole shards that accept."""
-    accepted = torch.stack([p.info["accepted"] for p in parts]).sum(0)
-    tried = torch.zeros_like(accepted)
-    for part in parts:
-        if _shard(part).log_bounds:
-            tried[list(part.shard.contexts)] += part.shard.num_draws
-    return tried, accepted
-
-
-def _proposals_before(parts: Sequence[Part], context: int, shard_id: int) -> int:
-    earlier = (p.shard for p in parts if p.shard.id < shard_id)
-    return sum(s.num_draws for s in earlier if context in s.contexts)
+def _rounds(parts: Sequence[Part]) -> list[Part]:
+    """Without the pilot, which accepts nothing."""
+    return [p for p in parts if _shard(p).log_bounds]
 
 
 def _refuse_zero(prompts: Sequence[str], weights: Sequence[Tensor]) -> None:

@@ -15,24 +15,19 @@ from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.diagnostics.normalizers import log_acceptance
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Sampler
-from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard, shard_generator
-from lmppl.inference.proposals import check_bounds, propose
+from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
+from lmppl.inference.proposal_rounds import ProposalShard, ending, next_round, shortfall, tally
+from lmppl.inference.proposals import check_bounds, draw_from, propose
+from lmppl.inference.refusals import first_context, z_below
+from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, TargetForm, log_evidence
 from lmppl.sequences import Draws, concatenate
 
-__all__ = ["Rejection", "RejectionShard", "accepts", "log_acceptance_probability"]
+__all__ = ["Rejection", "accepts", "log_acceptance_probability"]
 
 log = logging.getLogger(__name__)
 
-SAFETY = 1.2  # proposals of the next shard, over what the acceptance rate so far asks for
 MANY_PROPOSALS = 100_000  # per context, beyond which a run announces its length
-
-
-@dataclass(frozen=True)
-class RejectionShard(Shard):
-    """A shard of proposals; the run is met at `wanted` accepted draws per context (None: a budget ends it)."""
-
-    wanted: int | None = None
 
 
 def log_acceptance_probability(log_phi: Tensor, log_bound: float) -> Tensor:
@@ -122,90 +117,72 @@ class Rejection(Engine):
         return self._next(target, 0, request.seed, self.wanted(request), zeros, zeros)
 
     def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
-        last = _shard(parts[-1])
-        tried, accepted = _tally(parts)
+        last, contexts = _shard(parts[-1]), target.form.num_contexts
+        tried, accepted = tally(parts, contexts)
         if last.wanted is not None:
-            before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, *_tally(parts[:-1]))
-            now = _proposals_needed(last.wanted, tried, accepted)
-            if before <= MANY_PROPOSALS < now:
-                log.warning(
-                    "rejection: about 1 in %s proposals is accepted, so that %s draws need some %s proposals; a "
-                    "tighter upper=, fewer draws, or the engine 'importance' takes less",
-                    *(f"{x:,.0f}" for x in (now / last.wanted, last.wanted, now)),
-                )
+            before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, *tally(parts[:-1], contexts))
+            if before <= MANY_PROPOSALS < _proposals_needed(last.wanted, tried, accepted):
+                _announce(last.wanted, tried, accepted, float(parts[0].info["log_upper"]))
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)
 
     def _next(
         self, target: Target, number: int, seed: int, wanted: int | None, tried: Tensor, accepted: Tensor
     ) -> list[Shard]:
-        """The shard after `tried` proposals and `accepted` draws per context; none where every context is done."""
-        pending = tried < self.max_tries
-        if wanted is not None:
-            pending &= accepted < wanted
-        contexts = tuple(torch.nonzero(pending).squeeze(1).tolist())
-        if not contexts:
-            return []
-        size = max(1, self.batch // len(contexts))
-        if wanted is not None:
-            # (k+1)/(n+1) starts at 1: the first shard proposes about as often as is wanted.
-            rate = (accepted[pending] + 1.0) / (tried[pending] + 1.0)
-            needed = SAFETY * (wanted - accepted[pending]) / rate
-            size = min(size, math.ceil(float(needed.max())))
-        size = min(size, self.max_tries - int(tried[pending].max()))
-        base = make_shard(target, number, size, seed, contexts)
-        return [RejectionShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size, wanted)]
+        shard = next_round(target, number, seed, wanted, tried, accepted, batch=self.batch, max_tries=self.max_tries)
+        return [] if shard is None else [shard]
 
-    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
-        generator = shard_generator(shard)
-        rows = shard.num_draws * len(shard.contexts)
-        uniforms = torch.rand(rows, dtype=torch.float64, generator=generator)
-        proposals = propose(target.prior, shard, shard.num_draws, generator=generator, cost=target.cost)
-        proposals = target.evaluate(proposals)
-        check_bounds(proposals, target.factors, self.log_upper)
-        log_bound = target.form.log_upper if self.log_upper is None else self.log_upper
-        log_probability = log_acceptance_probability(log_evidence(proposals), log_bound)
-        chosen = torch.nonzero(accepts(log_probability, uniforms)).squeeze(1)
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
+        """Propose and accept, one shard."""
+        context = torch.tensor(shard.contexts, dtype=torch.int64).repeat_interleave(shard.num_draws)
+        if source.walked:
+            proposals = target.evaluate(draw_from(target.prior, context, source, cost=target.cost))
+            log_probability = self._log_probability(target, proposals)
+            accepted = source.accept(log_probability)
+        else:  # the same law from numbers that are all drawn ahead, which is what the decode loop takes
+            uniforms = source.uniforms(len(context))
+            drawn = propose(target.prior, shard, shard.num_draws, generator=source.generator, cost=target.cost)
+            proposals = target.evaluate(drawn)
+            log_probability = self._log_probability(target, proposals)
+            accepted = accepts(log_probability, uniforms)
+        chosen = torch.nonzero(accepted).squeeze(1)
         draws = proposals.select(chosen)
         columns = {"shard": torch.full_like(chosen, shard.id), "proposal": chosen % shard.num_draws}
-        accepted = torch.bincount(draws.context.cpu(), minlength=target.form.num_contexts)
-        info = {"log_upper": log_bound, "accepted": accepted, "passed": _passed(target, proposals)}
+        count = torch.bincount(draws.context.cpu(), minlength=target.form.num_contexts)
+        info = {"log_upper": self._log_bound(target), "accepted": count, "passed": _passed(target, proposals)}
         # Accepted draws are equally weighted, and log π* is known only up to log Z.
         return Part(shard, draws.with_columns(log_weight=None, log_q=None, columns=columns), info=info)
 
+    def _log_bound(self, target: Target) -> float:
+        return target.form.log_upper if self.log_upper is None else self.log_upper
+
+    def _log_probability(self, target: Target, proposals: Draws) -> Tensor:
+        check_bounds(proposals, target.factors, self.log_upper)
+        return log_acceptance_probability(log_evidence(proposals), self._log_bound(target))
+
     def merge(self, parts: Sequence[Part]) -> Sampler:
         log_bound, wanted = float(parts[0].info["log_upper"]), _shard(parts[0]).wanted
-        tried, accepted = _tally(parts)
-        offered = tried.clone()
         whole = concatenate([p.draws for p in parts])
-        kept = []
-        for c in range(len(tried)):
-            rows = torch.nonzero(whole.context == c).squeeze(1)
-            if wanted is not None and len(rows) >= wanted:
-                rows = rows[:wanted]
-                last = rows[-1]
-                tried[c] = _proposals_before(parts, c, int(whole.columns["shard"][last]))
-                tried[c] += int(whole.columns["proposal"][last]) + 1
-                accepted[c] = wanted
-            kept.append(rows)
+        offered, _ = tally(parts, whole.num_contexts)
+        end = ending(whole, parts, wanted)
         passed = {name: sum(p.info["passed"][name] for p in parts) / offered for name in parts[0].info["passed"]}
-        self._refuse_empty(whole.prompts, tried, accepted, log_bound, passed)
-        stopped = torch.zeros_like(tried, dtype=torch.bool) if wanted is None else accepted == wanted
+        self._refuse_empty(whole.prompts, end.tried, end.accepted, log_bound, passed)
         info: dict[str, Any] = {
-            "proposals": tried,
-            "accepted": accepted,
-            "acceptance_rate": accepted / tried,
+            "proposals": end.tried,
+            "accepted": end.accepted,
+            "acceptance_rate": end.accepted / end.tried,
             "log_upper": log_bound,
             "factor_acceptance": passed,
         }
-        if wanted is not None and not bool(stopped.all()):
-            info["shortfall"] = self._shortfall(whole.prompts, tried, accepted, wanted)
-        estimate = log_acceptance(accepted, tried, log_bound, stopped=stopped, level=LEVEL)
-        if bool((~stopped & (tried < self.max_tries)).any()):
+        if wanted is not None and not bool(end.stopped.all()):
+            advice = "raise max_tries or loosen the evidence"
+            info["shortfall"] = shortfall(self.name, whole.prompts, end, wanted, self.max_tries, advice)
+        estimate = log_acceptance(end.accepted, end.tried, log_bound, stopped=end.stopped, level=LEVEL)
+        if bool((~end.stopped & (end.tried < self.max_tries)).any()):
             estimate = replace(estimate, note=f"{estimate.note}; ended by a budget or an interrupt, so N was not fixed")
-        return Sampler(whole.select(torch.cat(kept)), (estimate,), self.guarantee, info)
+        return Sampler(end.draws, (estimate,), self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
-        tried, accepted = _tally(parts)
+        tried, accepted = tally(parts, parts[0].draws.num_contexts)
         rate = float(accepted.sum() / tried.sum())
         return {"draws": f"{int(accepted.sum()):,}", "tried": f"{int(tried.sum()):,}", "acceptance": f"{rate:.2%}"}
 
@@ -218,57 +195,52 @@ class Rejection(Engine):
         passed: Mapping[str, Tensor],
     ) -> None:
         """Raise where a context has no accepted draw."""
-        empty = torch.nonzero(accepted == 0).squeeze(1).tolist()
-        if not empty:
+        found = first_context(accepted == 0)
+        if found is None:
             return
-        c = empty[0]
-        rate = float(binomial_upper(accepted[c], tried[c], LEVEL))
-        bound = f"{rate:.1e}" + (f"·M, log M = {log_bound:.4g}," if log_bound != 0.0 else "")
-        also = f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
+        c, also = found
+        bound = z_below(float(binomial_upper(accepted[c], tried[c], LEVEL)), log_bound)
         blame = "no factor is to blame, so log_upper is far too high"
         if passed:
             worst = min(passed, key=lambda name: float(passed[name][c]))
             blame = f"factor {worst!r} rejected most (alone it accepts {float(passed[worst][c]):.2%}); loosen it"
         raise InfeasibleModel(
-            f"rejection: 0 of {int(tried[c]):,} draws accepted for context {prompts[c]!r}{also}: Z < {bound} with "
+            f"rejection: 0 of {int(tried[c]):,} draws accepted for context {prompts[c]!r}{also}: {bound} with "
             f"{LEVEL:.0%} confidence; {blame}, raise max_tries, or use an engine that steers the draws"
         )
 
-    def _shortfall(self, prompts: Sequence[str], tried: Tensor, accepted: Tensor, wanted: int) -> list[str]:
-        short = torch.nonzero(accepted < wanted).squeeze(1).tolist()
-        for c in short:
-            capped = int(tried[c]) >= self.max_tries
-            log.warning(
-                "rejection: context %r has %d of %d draws after %s proposals; %s",
-                prompts[c], int(accepted[c]), wanted, f"{int(tried[c]):,}",
-                "raise max_tries or loosen the evidence" if capped else "the run ended first",
-            )  # fmt: skip
-        return [prompts[c] for c in short]
 
-
-def _shard(part: Part) -> RejectionShard:
-    if not isinstance(part.shard, RejectionShard):
+def _shard(part: Part) -> ProposalShard:
+    if not isinstance(part.shard, ProposalShard):
         raise ModelError(f"rejection: got a {type(part.shard).__name__}, expected shards planned by Rejection")
     return part.shard
 
 
 def _proposals_needed(wanted: int, tried: Tensor, accepted: Tensor) -> float:
-    """Proposals that `wanted` draws of the slowest context will have taken, at the acceptance rate so far."""
-    return wanted / float(((accepted + 1) / (tried + 1)).min())
+    """Proposals that `wanted` draws of the slowest context will have taken, at the acceptance rate so far.
+
+    Where none was accepted yet it is what they take at least: fewer than one in as many as were tried is accepted.
+    """
+    return wanted * float((tried / accepted.clamp_min(1)).max())
 
 
-def _tally(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """Proposals and acceptances (C,) of whole shards."""
-    accepted = torch.stack([p.info["accepted"] for p in parts]).sum(0)
-    tried = torch.zeros_like(accepted)
-    for part in parts:
-        tried[list(part.shard.contexts)] += part.shard.num_draws
-    return tried, accepted
-
-
-def _proposals_before(parts: Sequence[Part], context: int, shard_id: int) -> int:
-    earlier = (p.shard for p in parts if p.shard.id < shard_id)
-    return sum(s.num_draws for s in earlier if context in s.contexts)
+def _announce(wanted: int, tried: Tensor, accepted: Tensor, log_bound: float) -> None:
+    """Say how long the run will be."""
+    c = int((tried / accepted.clamp_min(1)).argmax())
+    needed = _proposals_needed(wanted, tried, accepted)
+    seen = int(accepted[c]) > 0
+    log.warning(
+        "rejection: %s 1 in %s proposals is accepted (%s of %s so far), so that %s draws need %s %s proposals; "
+        "%sfewer draws, or the engine 'importance' takes less",
+        "about" if seen else "fewer than",
+        f"{needed / wanted:,.0f}",
+        f"{int(accepted[c]):,}" if seen else "none",
+        f"{int(tried[c]):,}",
+        f"{wanted:,}",
+        "some" if seen else "more than",
+        f"{needed:,.0f}",
+        "a tighter upper=, " if log_bound != 0.0 else "",
+    )
 
 
 def _passed(target: Target, proposals: Draws) -> dict[str, Tensor]:

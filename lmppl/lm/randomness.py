@@ -8,6 +8,7 @@ computes the exact law of a whole engine on a small model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Source:
     generator : torch.Generator
         On the CPU; what is drawn from it is moved to where it is needed.
     """
+
+    walked: ClassVar[bool] = False
+    """Each choice must be asked for by itself, because all of its outcomes are walked; else a decode loop may take
+    its numbers from `generator` all at once."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class EnumeratingSource(Source):
     path : list of int
         The branch of each choice, in order; choices after the last one take their first branch.
     """
+
+    walked: ClassVar[bool] = True
 
     def __init__(self, path: list[int]) -> None:
         super().__init__(torch.Generator())

@@ -260,6 +260,34 @@ def test_a_value_above_a_declared_bound_is_an_error() -> None:
         infer(broken, QuasiRejection(bound=0.0), 100)
 
 
+def test_a_proposal_that_may_not_cover_is_noted() -> None:
+    from tests.lm.random_models import random_lm
+
+    prior, narrow = enumerable_lm("llama"), random_lm("llama", top_k=2)
+    model = Model(prior, SOFT)
+    result = infer(model, QuasiRejection(bound=1.0, proposal=narrow), 50)
+    estimate, lower = result.log_normalizer
+    assert "may not cover π*: then E Ẑ < Z" in estimate.note
+    assert lower.kind == "lower_bound"
+    assert "distances are lower bounds" in result.info["distances_note"]
+    curve = QuasiRejection(proposal=narrow).curve(model, 500)[0]
+    assert all("lower bounds" in getattr(curve, name).note for name in ("total_variation", "kl", "reverse_kl", "tail"))
+    table = brute_force(model, 0)
+    log_q = narrow.score(table.sequences)
+    log_q = log_q[table.sequences.context == 0] if len(log_q) != len(table.log_gamma) else log_q
+    reached = log_q > -math.inf
+    assert not bool(reached.all()), "the proposal covers everything after all"
+    bound = torch.tensor([1.0], dtype=torch.float64)
+    exact = quasi_rejection_curve(table.log_gamma[reached] - log_q[reached], bound, log_masses=log_q[reached])
+    law = torch.where(reached, torch.minimum(table.log_gamma, 1.0 + log_q), -math.inf)
+    law = (law - torch.logsumexp(law, 0)).exp()
+    true = 0.5 * float((law - table.log_posterior.exp()).abs().sum())
+    assert float(exact.total_variation.value) < true
+    covering = infer(model, QuasiRejection(bound=1.0, proposal=random_lm("llama")), 50)
+    assert "distances_note" not in covering.info
+    assert "may not cover" not in covering.log_normalizer[0].note
+
+
 def test_a_proposal_must_fit_the_prior() -> None:
     with pytest.raises(ModelError, match="proposal: got"):
         infer(model_of("tabular"), QuasiRejection(bound=0.0, proposal=TabularLM.random(4, 3, seed=0)))

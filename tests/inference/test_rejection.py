@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,11 +17,14 @@ from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Budget, Guarantee, Request
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
 from lmppl.inference.run import infer
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.randomness import Source
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
+from lmppl.testing.enumeration import every_outcome
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, count_of, enumerable_lm, has_no, wavy
 
 KINDS = ENUMERABLE
@@ -68,6 +74,78 @@ def test_a_uniform_below_the_probability_accepts() -> None:
     log_p = torch.tensor([0.0, math.log(0.5), math.log(0.5), -math.inf], dtype=torch.float64)
     uniforms = torch.tensor([1.0 - 2**-53, 0.4999, 0.5, 0.0], dtype=torch.float64)
     assert accepts(log_p, uniforms).tolist() == [True, True, False, False]
+
+
+# The engine, choice by choice.
+
+
+LAWS = {
+    "reward": (Reward(wavy, beta=0.6, upper=2.0, name="wavy"),),
+    "constraint": (Constraint(has_no("aa"), name="no aa"),),
+    "product": (Reward(wavy, beta=0.6, upper=2.0, name="wavy"), Constraint(has_no("aa"), name="no aa")),
+}
+
+
+def every_run(model: Model, engine: Rejection, num_draws: int) -> Iterator[tuple[float, Sampler | None]]:
+    """(probability, result) of every run to its end; None where nothing was accepted."""
+    target, request = Target(model), Request(num_draws, None, 0)
+
+    def run(source: Source) -> Sampler | None:
+        parts, shards = [], engine.plan(target, request)
+        while shards:
+            parts += [engine.simulate(target, s, source) for s in shards]
+            shards = engine.replan(target, request, parts)
+        try:
+            return engine.merge(parts)
+        except InfeasibleModel:
+            return None
+
+    return every_outcome(run)
+
+
+def small(kind: str) -> LanguageModel:
+    """An LM with so few outcomes that a run can be enumerated on it: 3 on the table, 7 on the networks."""
+    if kind == "tabular":
+        return TabularLM([[0.7, 0.3], [0.0, 1.0], [0.45, 0.55]], ["a", "<eos>"], max_new_tokens=2)
+    from lmppl.lm.transformers import TransformersLM
+    from tests.lm.random_models import build, tokenizer
+
+    return TransformersLM(build(kind, 3, seed=1), tokenizer=tokenizer(3), context="a", max_new_tokens=2)
+
+
+RUNS = [
+    *(("tabular", factors, Rejection(batch=batch, max_tries=3), 2) for factors in LAWS for batch in (1, 2, 3)),
+    ("llama", "reward", Rejection(batch=2, max_tries=2), 2),
+    ("mistral", "product", Rejection(batch=1, max_tries=2), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "factors", "engine", "num_draws"), RUNS, ids=range(len(RUNS)))
+def test_over_all_runs_accepted_draws_have_the_posterior_and_the_estimate_is_unbiased(
+    kind, factors, engine, num_draws
+) -> None:
+    """Each draw of a run that has k of them has the law π*, for every k; E Ẑ = Z, ended by an acceptance or the cap."""
+    model = Model(small(kind), LAWS[factors])
+    table = brute_force(model, 0)
+    total, mean, naive, masses = 0.0, 0.0, 0.0, {}
+    for probability, result in every_run(model, engine, num_draws):
+        total += probability
+        if result is None:
+            continue
+        mean += probability * math.exp(float(result.log_normalizer[0].value))
+        naive += probability * math.exp(float(result.info["acceptance_rate"].log() + result.info["log_upper"]))
+        k = len(result.draws)
+        for place, key in enumerate(result.draws.keys()):
+            masses.setdefault((k, place), {}).setdefault(key, []).append(probability)
+    assert total == pytest.approx(1.0, abs=TOLERANCE)
+    assert mean == pytest.approx(float(table.log_z.exp()), abs=TOLERANCE)
+    if num_draws < engine.max_tries:
+        assert abs(naive - mean) > 1e-3, "the mutant k/N, although the run stops at its k-th acceptance, is biased"
+    assert len(masses) == num_draws * (num_draws + 1) // 2
+    for law in masses.values():
+        reached = sum(sum(p) for p in law.values())
+        for key, posterior in zip(table.sequences.keys(), table.log_posterior.exp().tolist(), strict=True):
+            assert sum(law.get(key, [])) / reached == pytest.approx(posterior, abs=TOLERANCE)
 
 
 # The run.
@@ -264,17 +342,40 @@ def test_the_engine_is_plain_configuration() -> None:
     assert "neumann" in Rejection().cite().lower()
 
 
+def announcements(caplog: pytest.LogCaptureFixture, model: Model, engine: Rejection, num_draws: int) -> list[str]:
+    caplog.clear()
+    with caplog.at_level("WARNING"), contextlib.suppress(InfeasibleModel):
+        infer(model, engine, num_draws)
+    return [r.getMessage() for r in caplog.records if "proposals is accepted" in r.getMessage()]
+
+
 def test_a_long_run_is_announced(caplog):
     prior = TabularLM.random(4, 3, seed=0)
     rare = prior * Reward(lambda texts: [0.0] * len(texts), upper=9, name="rare")
-    with caplog.at_level("WARNING"):
-        infer(rare, Rejection(max_tries=40_000, batch=4096), 300)
-    (record,) = [r for r in caplog.records if "proposals is accepted" in r.getMessage()]
-    assert "importance" in record.getMessage()
+    (message,) = announcements(caplog, rare, Rejection(max_tries=40_000, batch=4096), 300)
+    assert "a tighter upper=, fewer draws, or the engine 'importance'" in message
     caplog.clear()
     with caplog.at_level("WARNING"):
         infer(prior * Reward(lambda texts: [0.0] * len(texts), upper=1, name="common"), Rejection(), 30)
     assert not caplog.records
+
+
+def test_a_forecast_says_what_was_seen(caplog):
+    prior = TabularLM.random(4, 3, seed=0)
+    never = prior * Constraint(lambda texts: [False] * len(texts), name="never")
+    (message,) = announcements(caplog, never, Rejection(max_tries=1200, batch=400), 100)
+    assert "fewer than 1 in 1,200 proposals is accepted (none of 1,200 so far)" in message
+    assert "100 draws need more than 120,000 proposals; fewer draws, or" in message
+    assert "upper=" not in message
+    seen = []
+
+    def third(texts: list[str]) -> list[bool]:
+        seen.extend(texts)
+        return [len(seen) - len(texts) < 1000 <= len(seen) and i == 0 for i in range(len(texts))]
+
+    once = prior * Constraint(Feature("third", third, stochastic=False), name="once")
+    (message,) = announcements(caplog, once, Rejection(max_tries=1200, batch=400), 100)
+    assert re.search(r"(about|fewer than) 1 in 1,200 proposals is accepted", message)
 
 
 def test_fresh_draws_are_all_there_or_an_error():
