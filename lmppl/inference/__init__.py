@@ -5,7 +5,8 @@ from lmppl.inference.approximation import Approximation, Chains, ExactTable, Par
 from lmppl.inference.awrs import AWRS, awrs
 from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
-from lmppl.inference.conditional_smc import Sandwich, conditional_smc, particle_gibbs_step, sandwich
+from lmppl.inference.bounds import Sandwich, sandwich
+from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step
 from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, shard_generator
 from lmppl.inference.exact import Exact
 from lmppl.inference.guided import GuidedLM
@@ -26,7 +27,7 @@ from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixS
 from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
-from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
+from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais
 from lmppl.inference.run import infer, stream
 from lmppl.inference.smc import SMC
 from lmppl.inference.splitting import Splitting
@@ -92,7 +93,6 @@ __all__ = [
     "resolve_engine",
     "reverse_ais",
     "sandwich",
-    "sandwich_annealing",
     "shard_generator",
     "soft_best_of_n_law",
     "split_engines",

@@ -106,7 +106,7 @@ class BestOfN(Engine):
             raise ModelError(f"BestOfN: got soft={self.soft!r}, expected a positive temperature, or None for the best")
         known = (*target.form.factor_names, *target.model.features)
         if self.score is not None and self.score not in known:
-            raise ModelError(f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted(known)}")
+            raise ModelError(f"BestOfN: score {self.score!r} names no factor or feature; there are {sorted({*known})}")
         contexts = tuple(range(target.form.num_contexts))
         wanted = self.wanted(request)
         size = max(1, SHARD_DRAWS // (len(contexts) * self.n))

@@ -92,7 +92,8 @@ class PPLM(DecodingEngine):
     references: ClassVar[tuple[str, ...]] = ("dathathri2020",)
 
     def unsupported_reason(self, form: TargetForm) -> str | None:
-        """As `Engine.unsupported_reason`."""
+        """As `Engine.unsupported_reason`; wrong arguments are told first."""
+        self.check_arguments()
         if not form.soft:
             named = f"factor {form.factor_names[0]!r} has none" if form.factor_names else "this model has no factor"
             return (
@@ -103,8 +104,8 @@ class PPLM(DecodingEngine):
             return f"{self.name} needs a network to differentiate, and the prior is a table; use weighted_decoding"
         return super().unsupported_reason(form)
 
-    def plan(self, target: Target, request: Request) -> list[Shard]:
-        """As `Engine.plan`, arguments checked."""
+    def check_arguments(self) -> None:
+        """Raise `ModelError` where an argument is wrong."""
         if isinstance(self.num_steps, bool) or self.num_steps < 0:
             raise ModelError(f"PPLM: got num_steps={self.num_steps!r}, expected at least 0")
         for name, value, good in (
@@ -116,13 +117,19 @@ class PPLM(DecodingEngine):
             if not good:
                 expected = "in [0, 1]" if name == "fusion" else "of at least 0"
                 raise ModelError(f"PPLM: got {name}={value!r}, expected a number {expected}")
+        if isinstance(self.factors, str):
+            raise ModelError(f"PPLM: got factors={self.factors!r}, expected a list of names")
         if self.perturb not in PLACES:
             raise ModelError(f"PPLM: got perturb={self.perturb!r}, expected one of {', '.join(map(repr, PLACES))}")
+
+    def plan(self, target: Target, request: Request) -> list[Shard]:
+        """As `Engine.plan`, arguments checked."""
         self.language_model(target.model)
         return super().plan(target, request)
 
     def language_model(self, model: Model) -> PerturbedLM:
         """q for `model`."""
+        self.check_arguments()
         return PerturbedLM(model.prior, [model[name] for name in self._names(model)], self)
 
     def facts(self, target: Target) -> dict[str, Any]:
@@ -132,8 +139,6 @@ class PPLM(DecodingEngine):
         return {"perturbed": place, "not_decoded": tuple(n for n in target.form.factor_names if n not in used)}
 
     def _names(self, model: Model) -> tuple[str, ...]:
-        if isinstance(self.factors, str):
-            raise ModelError(f"PPLM: got factors={self.factors!r}, expected a list of names")
         if self.factors is None:
             return tuple(f.name for f in model.factors if f.soft is not None)
         return tuple(self.factors)
@@ -325,6 +330,7 @@ class PerturbedDecoder:
             with torch.enable_grad():
                 value = self._objective(step, start + delta, rows, before, prior)
                 gradients = torch.autograd.grad(value.sum(), [delta])
+            self.cost.backward_tokens += len(delta)
             (moved,) = self._moved([delta], gradients)
             delta = moved.requires_grad_()
         return start + delta.detach()

@@ -193,7 +193,9 @@ def _literal(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise ModelError(
-            f"engine: {ast.unparse(node)!r} in {text!r} is no literal; write a number, a quoted string, True, None"
+            f"engine: {ast.unparse(node)!r} in {text!r} is no literal; text takes a number, a quoted string, True, "
+            "None, and tuples of them; for an object, make the engine in Python: in a list `engines` of the spec, "
+            "which `lmppl compare` runs, or as a variable of a module, named package.module:NAME"
         ) from None
 
 

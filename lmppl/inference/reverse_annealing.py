@@ -146,7 +146,7 @@ def sandwich_annealing(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Sandwich:
-    """Bounds of log Z: the mean of log Ẑ over sweeps from below, `reverse_ais` on the same ladder from above.
+    """The part of `sandwich` that anneals: the mean of log Ẑ from below, `reverse_ais` on the same ladder from above.
 
     Parameters
     ----------
@@ -160,9 +160,7 @@ def sandwich_annealing(
     grosse2015
     """
     if engine.fixed_ladder() == ():
-        raise ModelError(
-            "sandwich_annealing: ladder='online' gives a biased Ẑ, and no bound follows; use ladder='pilot'"
-        )
+        raise ModelError("sandwich: ladder='online' gives a biased Ẑ, and no bound follows; use ladder='pilot'")
     sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
     run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
     note = f"mean of log Ẑ over {sweeps} independent sweeps, N = {engine.num_particles}, Student's t"

@@ -64,6 +64,13 @@ class Model:
             )
         raise ModelError(f"got Model * {type(other).__name__}, expected a factor such as lmppl.Reward(fn, beta=...)")
 
+    def __pow__(self, exponent: object) -> Model:
+        """None: a power belongs to the prior, or to a factor by its own temperature."""
+        raise ModelError(
+            f"got Model ** {exponent!r}: `**` belongs on the prior, as in prior ** {exponent!r} * factor, which leaves "
+            "the evidence as it is; a factor has a strength of its own, such as Reward(fn, beta=...)"
+        )
+
     def __or__(self, contexts: Any) -> Model:
         """The same declaration for other contexts: one, or a list of them."""
         return Model(self.prior | contexts, self.factors)

@@ -13,13 +13,17 @@ from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.ais import AIS
 from lmppl.inference.annealed import AnnealingShard
 from lmppl.inference.annealed_sweep import AnnealedSweep, backward_path, conditional_ess, next_level
+from lmppl.inference.bounds import sandwich
+from lmppl.inference.conditional_smc import sandwich as sandwich_smc
 from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.exact import Exact
+from lmppl.inference.importance import Importance
 from lmppl.inference.mcmc import Kernel, Mixture, Restart, SuffixResample
 from lmppl.inference.mcmc.chains import StepInfo
 from lmppl.inference.resampling import RESAMPLING
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais, sandwich_annealing
 from lmppl.inference.run import infer
+from lmppl.inference.smc import SMC
 from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
@@ -401,7 +405,7 @@ def test_live_figures() -> None:
 @pytest.mark.parametrize("engine", [AIS(32, 6), TemperedSMC(32)], ids=["ais", "tempered"])
 def test_the_sandwich_holds_log_z(engine) -> None:
     exact = infer(MODEL, Exact()).draw(40, generator=torch.Generator().manual_seed(0))
-    low, high = sandwich_annealing(MODEL, engine, exact.with_columns(log_weight=None), num_sweeps=20, seed=5)
+    low, high = sandwich(MODEL, engine, exact.with_columns(log_weight=None), num_sweeps=20, seed=5)
     assert (low.kind, high.kind) == ("lower_bound", "upper_bound")
     for c in (0, 1):
         log_z = float(brute_force(MODEL, c).log_z)
@@ -462,12 +466,24 @@ def test_nonsense_is_refused_when_planned(engine, words) -> None:
         infer(MODEL, engine, 8)
 
 
+def test_one_sandwich_for_each_engine_that_can_hold_an_exact_draw() -> None:
+    exact = infer(MODEL, Exact()).draw(4, generator=torch.Generator().manual_seed(0)).with_columns(log_weight=None)
+    for engine, part in ((SMC(8), sandwich_smc), (AIS(8, 2), sandwich_annealing), (TemperedSMC(8), sandwich_annealing)):
+        whole, alone = (f(MODEL, engine, exact, num_sweeps=3, seed=2, level=0.8) for f in (sandwich, part))
+        for mine, other in zip(whole, alone, strict=True):
+            assert torch.equal(mine.value, other.value)
+            assert torch.equal(mine.interval, other.interval)
+            assert (mine.kind, mine.level, mine.note) == (other.kind, 0.8, other.note)
+    with pytest.raises(ModelError, match="got Importance, expected SMC, AIS or TemperedSMC"):
+        sandwich(MODEL, Importance(), exact)
+
+
 def test_reverse_runs_need_exact_draws_and_a_fixed_ladder() -> None:
     exact = infer(MODEL, Exact()).draw(2, generator=torch.Generator().manual_seed(0)).with_columns(log_weight=None)
     with pytest.raises(ModelError, match="use ladder='pilot'"):
         reverse_ais(MODEL, TemperedSMC(4, ladder="online"), exact)
     with pytest.raises(ModelError, match="no bound follows"):
-        sandwich_annealing(MODEL, TemperedSMC(4, ladder="online"), exact)
+        sandwich(MODEL, TemperedSMC(4, ladder="online"), exact)
     with pytest.raises(ModelError, match="waste-free"):
         reverse_ais(MODEL, TemperedSMC(4, chain_length=2), exact)
     weighted = exact.with_columns(log_weight=torch.arange(float(len(exact))))

@@ -250,7 +250,7 @@ def test_refusals():
         best_of(lm, BestOfN(2))
     with pytest.raises(ModelError, match="got n = 0"):
         best_of(lm * Reward(wavy), BestOfN(0))
-    with pytest.raises(ModelError, match=r"score 'nope' names no factor or feature; there are \['wavy'"):
+    with pytest.raises(ModelError, match=r"score 'nope' names no factor or feature; there are \['wavy'\]"):
         best_of(lm * Reward(wavy), BestOfN(2, score="nope"))
     for wrong in (0.0, -1.0, math.inf):
         with pytest.raises(ModelError, match="expected a positive temperature"):

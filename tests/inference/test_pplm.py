@@ -286,6 +286,8 @@ def test_every_pass_is_counted():
     assert plain.cost.backward_tokens == 0
     hidden = infer(model, PPLM(num_steps=2, step_size=1.0, perturb="hidden"), 30, progress=False)
     assert hidden.cost.lm_forwards == plain.cost.lm_forwards
+    prefixes = hidden.cost.lm_tokens - int((model.prior.context_lengths - 1).sum())  # whose next token is drawn
+    assert hidden.cost.backward_tokens == 2 * prefixes
     torch.testing.assert_close(result.draws.log_prior, model.prior.score(result.draws), rtol=0, atol=TOLERANCE)
     again = infer(model, PPLM(num_steps=2, step_size=1.0), 30, progress=False)
     assert torch.equal(again.draws.ids, result.draws.ids)
@@ -403,6 +405,10 @@ def test_refusals():
         run(lm * bag, PPLM(fusion=1.5))
     with pytest.raises(ModelError, match="got num_steps=-1"):
         run(lm * bag, PPLM(num_steps=-1))
+    with pytest.raises(ModelError, match=r"got fusion=1\.5"):  # before what the model lacks
+        run(lm * Reward(wavy), PPLM(fusion=1.5))
+    with pytest.raises(ModelError, match="got step_size='big', expected float"):
+        run(lm * bag, PPLM(step_size="big"))
     with pytest.raises(ModelError, match="got perturb='weights'"):
         run(lm * bag, PPLM(perturb="weights"))
     with pytest.raises(ModelError, match="expected a list of names"):

@@ -98,6 +98,7 @@ def test_text_becomes_an_engine(text: str, engine: Engine, monkeypatch: pytest.M
         ("importance(1, 2, 3, 4, 5)", "got 5 arguments without a name; it has num_draws"),
         ("importance(open('x'))", "is no literal"),
         ("importance(num_draws=lm)", "'lm' in .* is no literal"),
+        ("mcmc(kernel=LocalEdit())", "'LocalEdit\\(\\)' in .* a list `engines` of the spec.* package.module:NAME"),
         ("importance(__import__('os').getpid())", "is no literal"),
         ("no.such.module:Engine", "cannot import no.such.module"),
         ("lmppl.inference:Nothing", "has no 'Nothing'"),

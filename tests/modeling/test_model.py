@@ -56,6 +56,7 @@ def test_multiplication_makes_new_models(prior):
         (lambda p: p * Reward(score) * score, r"got Model \* function"),
         (lambda p: p * Reward(score) * p, r"got Model \* TabularLM: a model has one prior"),
         (lambda p: (p * Reward(score)) * (p * Constraint(clean)), r"got Model \* Model: a model has one prior"),
+        (lambda p: (p * Reward(score)) ** 2, r"got Model \*\* 2: `\*\*` belongs on the prior, as in prior \*\* 2"),
         (lambda p: Model(score), "prior: got function, expected a language model"),
         (lambda p: Model(p, (score,)), "factor: got function, expected a factor"),
     ],

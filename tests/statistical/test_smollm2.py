@@ -6,10 +6,11 @@ import math
 import pytest
 
 import lmppl
-from lmppl.inference.mcmc import MCMC
+from lmppl.inference.mcmc import MCMC, Tempered
 from lmppl.inference.smc import SMC
 
 STANDARD_ERRORS = 4.5  # two-sided error rate 7e-6, with fixed seeds
+OTHER_LAW = ("quasi_rejection",)  # its means are not those of π*
 
 
 def short_words(texts: list[str]) -> list[float]:
@@ -49,6 +50,15 @@ def test_rejection_gives_clean_text(exact: lmppl.Approximation) -> None:
         (SMC(32, num_sweeps=4), 4 * 8),
         # Starts, a prefill of each segment, and at most one forward for each token of a row and step.
         (MCMC(32, num_steps=12, warmup=8), 8 + 3 + 20 * 8),
+        # As many temperatures in one batch.
+        (Tempered(8, num_temperatures=3, num_steps=16, warmup=8), 8 + 3 + 24 * 8),
+        # Sweeps of draws, then at each temperature a pass that reads them and one forward a token for each move.
+        (lmppl.AIS(16, ladder=(0.0, 0.5, 1.0), num_sweeps=4), 4 * 4 * (8 + 1)),
+        (lmppl.TemperedSMC(16, ladder=(0.0, 0.5, 1.0), num_sweeps=4), 4 * 4 * (8 + 1)),
+        # A level more than once in eight rounds is rare; each moves the copies three times.
+        (lmppl.Splitting(16, top=-0.8, num_sweeps=4), 4 * (8 + 8 * 3 * (8 + 1))),
+        # Three batches at most: as many proposals as three draws for each that is wanted.
+        (lmppl.QuasiRejection(32, bound=-0.7, batch=64), 3 * 8),
     ],
     ids=str,
 )
@@ -61,6 +71,8 @@ def test_engines_agree_with_rejection(
         known = exact.log_normalizer[0]
         widths = [float(e.interval[0, 1] - e.interval[0, 0]) / (2 * 1.96) for e in (known, mine)]
         assert abs(float(known.value - mine.value)) < STANDARD_ERRORS * math.hypot(*widths)
+    if engine.name in OTHER_LAW:
+        return
     means = [approximation.expectation("short_words") for approximation in (exact, other)]
     gap = abs(float(means[0].value - means[1].value))
     assert gap < STANDARD_ERRORS * math.hypot(*(float(m.standard_error) for m in means))

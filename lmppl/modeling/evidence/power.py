@@ -204,4 +204,6 @@ def power_prior(prior: LanguageModel, alpha: float) -> Model:
     return prior * PowerPrior(alpha)
 
 
+# A language model knows no factors: lmppl.lm lies below lmppl.modeling. The meaning of `**` is therefore handed down to
+# it, when the declarations are imported.
 LanguageModel.to_power = staticmethod(power_prior)
