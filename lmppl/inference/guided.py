@@ -21,7 +21,7 @@ from lmppl.inference.coverage import truncates
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.lm.decoding import plan_rows
-from lmppl.lm.derived import DerivedLM, count_base
+from lmppl.lm.derived import ReweighedLM, count_base
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
 from lmppl.lm.truncation import check_truncation, keep_top_k
@@ -40,7 +40,7 @@ Guide = Incremental | Callable[[LanguageModel], Incremental]
 """Prefix scores, or what makes them once the LM is known that they are to steer."""
 
 
-class SteeredLM(DerivedLM):
+class SteeredLM(ReweighedLM):
     """Base of decoding-time laws q(x_t|c, x_<t) that are computed from a prior's own next-token law.
 
     Their steps carry, beside the scores of q, those of π0, so that one pass gives log q and log π0: `hidden` is
@@ -51,15 +51,6 @@ class SteeredLM(DerivedLM):
     def prior(self) -> LanguageModel:
         """π0."""
         return self.base
-
-    @property
-    def branching(self) -> int:
-        """As the prior's."""
-        return self.base.branching
-
-    def max_outcomes(self) -> float:
-        """As the prior's, of which these outcomes are a part."""
-        return self.base.max_outcomes()
 
     def bytes_per_row(self, num_tokens: int) -> int:
         """As `LanguageModel.bytes_per_row`: scores of q and of π0 at each position of a teacher-forced row."""

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lmppl.errors import ContextError
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.derived import DerivedLM
 from lmppl.lm.machine import MachineDecoder
-from lmppl.sequences import Sequences
 
 __all__ = ["PosteriorLM"]
 
 
-class PosteriorLM(LanguageModel):
+class PosteriorLM(DerivedLM):
     """π*(x|c) of one model, for the contexts it was computed for.
 
     Ids, texts, ends of rows and contexts are the prior's. After a prefix of posterior probability zero every token is
@@ -36,15 +36,13 @@ class PosteriorLM(LanguageModel):
     """
 
     def __init__(self, prior: LanguageModel, initial: Tensor) -> None:
-        super().__init__(
-            prior.prompts,
-            vocab_size=prior.vocab_size,
-            max_new_tokens=prior.max_new_tokens,
-            eos_ids=prior.eos_ids,
-            pad_id=prior.pad_id,
-        )
-        self.prior = prior
+        super().__init__(prior)
         self.initial = initial
+
+    @property
+    def prior(self) -> LanguageModel:
+        """π0."""
+        return self.base
 
     @abstractmethod
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
@@ -57,19 +55,6 @@ class PosteriorLM(LanguageModel):
     def decoder(self) -> MachineDecoder:
         """As `LanguageModel.decoder`."""
         return MachineDecoder(self.initial, self.advance, self.next_log_probs)
-
-    def decode(self, sequences: Sequences) -> list[str]:
-        """As the prior does."""
-        return self.prior.decode(sequences)
-
-    def ended(self, ids: Tensor, step: int) -> Tensor:
-        """As the prior says."""
-        return self.prior.ended(ids, step)
-
-    @property
-    def ends_by_eos_alone(self) -> bool:
-        """As the prior says."""
-        return self.prior.ends_by_eos_alone and type(self).ended is PosteriorLM.ended
 
     def with_contexts(self, contexts: Sequence[Any]) -> NoReturn:
         """A posterior belongs to its contexts: its normalisers Z(c) were computed for them.

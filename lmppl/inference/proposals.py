@@ -12,6 +12,7 @@ from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Shard
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import draw_rows
+from lmppl.lm.derived import DerivedLM
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Factor
@@ -66,8 +67,8 @@ def as_proposal(proposal: LanguageModel | Approximation, prior: LanguageModel) -
 
 def _symbols(lm: LanguageModel) -> tuple[str, ...] | None:
     """The symbols of a table, or of the table that an LM is derived from; None where there are none to compare."""
-    while isinstance(base := getattr(lm, "base", getattr(lm, "prior", None)), LanguageModel):
-        lm = base
+    while isinstance(lm, DerivedLM):
+        lm = lm.base
     return getattr(lm, "vocabulary", None)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,19 @@ from lmppl.errors import ModelError
 from lmppl.lm.base import Decoder, LanguageModel, State, Step
 from lmppl.sequences import Cost, Sequences
 
-__all__ = ["DerivedLM", "TemperedLM", "check_temperature", "count_base"]
+if TYPE_CHECKING:
+    from lmppl.lm.spelling import Spelling
+
+__all__ = ["DerivedLM", "ReweighedLM", "TemperedLM", "check_temperature", "count_base"]
 
 
 class DerivedLM(LanguageModel):
-    """Base of LMs whose outcomes are those of another LM; a subclass gives `decoder`, `with_contexts`, `fingerprint`.
+    """Base of LMs with the outcomes of another LM: its tokens, texts, contexts and ends of rows, under another law.
 
     Parameters
     ----------
     base : LanguageModel
-        Decodes texts, ends rows, and holds the weights.
+        Decodes texts and ends rows.
     """
 
     def __init__(self, base: LanguageModel) -> None:
@@ -50,6 +54,25 @@ class DerivedLM(LanguageModel):
         return self.base.ends_by_eos_alone and type(self).ended is DerivedLM.ended
 
     @property
+    def stop(self) -> tuple[str, ...]:
+        """The base LM's stop strings, which end a row; () where it has none."""
+        return tuple(getattr(self.base, "stop", ()))
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """The base LM's."""
+        return self.base.spelling
+
+    @property
+    def begins_text(self) -> Sequence[bool]:
+        """As the base LM says."""
+        return self.base.begins_text
+
+
+class ReweighedLM(DerivedLM):
+    """Base of LMs whose next-token law is made from that of the base LM, step by step with its decoder."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """As the base LM's."""
         return self.base.dtype
@@ -64,12 +87,21 @@ class DerivedLM(LanguageModel):
         """As the base LM's."""
         return self.base.context_lengths
 
+    @property
+    def branching(self) -> int:
+        """As the base LM's."""
+        return self.base.branching
+
+    def max_outcomes(self) -> float:
+        """As the base LM's, of which these outcomes are a part."""
+        return self.base.max_outcomes()
+
     def bytes_per_row(self, num_tokens: int) -> int:
         """As the base LM's, and one more row of scores."""
         return self.base.bytes_per_row(num_tokens) + 8 * self.vocab_size
 
 
-class TemperedLM(DerivedLM):
+class TemperedLM(ReweighedLM):
     """p_τ(x_t|c, x_<t) ∝ p(x_t|c, x_<t)^{1/τ}, token by token.
 
     Parameters
@@ -93,15 +125,6 @@ class TemperedLM(DerivedLM):
     def with_contexts(self, contexts: Sequence[Any]) -> TemperedLM:
         """The same LM for other contexts, weights shared."""
         return TemperedLM(self.base.with_contexts(contexts), self.temperature)
-
-    @property
-    def branching(self) -> int:
-        """As the base LM's."""
-        return self.base.branching
-
-    def max_outcomes(self) -> float:
-        """As the base LM's: the outcomes are the same."""
-        return self.base.max_outcomes()
 
     @property
     def fingerprint(self) -> str:

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from lmppl.lm import LM, TransformersLM
 from lmppl.lm.spelling import Spelling
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence import Constraint
+from lmppl.testing import check_factor
 from tests.lm.random_models import build
 from tests.models import ENUMERABLE, enumerable_lm
 
@@ -99,6 +101,17 @@ def test_pieces_know_where_a_text_begins(context: str) -> None:
 def test_other_contexts_share_what_was_found() -> None:
     lm = lm_with(sentencepiece())
     assert (lm | "b").spelling is lm.spelling
+
+
+def test_an_lm_of_the_same_outcomes_spells_as_its_base_does() -> None:
+    """Contexts that begin texts and that do not, stop strings: by its own decoding it would not be additive."""
+    base = lm_with(sentencepiece(), context=["a", ""], stop="ab")
+    tempered = base.at_temperature(0.5)
+    assert tempered.spelling is base.spelling
+    assert tempered.begins_text == [False, True]
+    factor = Constraint(lambda texts: ["bb" not in text for text in texts], prefix_closed=True)
+    report = check_factor(factor, tempered)
+    assert "potential(start) + Σ weigh = potential(final) = log φ" in report.held
 
 
 def test_stop_strings_are_left_in() -> None:
