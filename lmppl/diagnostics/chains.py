@@ -9,6 +9,7 @@ is nothing to estimate, and the figure is the one that nobody can mistake for co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,13 +87,7 @@ def rhat(x: Tensor) -> ChainFigure:
     vehtari2021
     """
     values = _checked(x)
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(math.inf, note)
-    halves = _split(values)
-    folded = np.abs(halves - np.median(halves))  # a symmetrical indicator folds to a constant, which says nothing
-    spread = _plain_rhat(_normal_scores(folded)) if np.ptp(folded) > 0 else 1.0
-    return ChainFigure(max(_plain_rhat(_normal_scores(halves)), spread), note)
+    return _figure(values, lambda: _bulk_and_spread(_split(values), _plain_rhat), of_constant=math.inf)
 
 
 def nested_rhat(x: Tensor, groups: Tensor) -> ChainFigure:
@@ -135,13 +130,10 @@ def nested_rhat(x: Tensor, groups: Tensor) -> ChainFigure:
         raise ModelError(
             f"nested_rhat: got groups of {sizes.tolist()} chains, expected at least 2 groups of one size, at least 2"
         )
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(math.inf, note)
     members = np.argsort(group, kind="stable").reshape(len(sizes), -1)
-    folded = np.abs(values - np.median(values))
-    spread = _plain_nested_rhat(_normal_scores(folded)[members]) if np.ptp(folded) > 0 else 1.0
-    return ChainFigure(max(_plain_nested_rhat(_normal_scores(values)[members]), spread), note)
+    return _figure(
+        values, lambda: _bulk_and_spread(values, lambda z: _plain_nested_rhat(z[members])), of_constant=math.inf
+    )
 
 
 def nested_rhat_floor(chains_per_group: int) -> float:
@@ -179,10 +171,7 @@ def bulk_ess(x: Tensor) -> ChainFigure:
     vehtari2021
     """
     values = _checked(x)
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(float(len(values)), note)
-    return ChainFigure(_ess(values, "bulk"), note)
+    return _figure(values, lambda: _ess(values, "bulk"), of_constant=len(values))
 
 
 def tail_ess(x: Tensor, probability: float = 0.05) -> ChainFigure:
@@ -216,13 +205,11 @@ def tail_ess(x: Tensor, probability: float = 0.05) -> ChainFigure:
     if not 0.0 < probability < 0.5:
         raise ModelError(f"tail_ess: got probability={probability}, expected between 0 and 1/2")
     values = _checked(x)
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(float(len(values)), note)
     low, high = np.quantile(values, [probability, 1.0 - probability])
     lower = values <= low if (values > low).any() else values < low
     upper = values >= high if (values < high).any() else values > high
-    return ChainFigure(min(_ess(tail.astype(np.float64), "mean") for tail in (lower, upper)), note)
+    tails = [tail.astype(np.float64) for tail in (lower, upper)]
+    return _figure(values, lambda: min(_ess(tail, "mean") for tail in tails), of_constant=len(values))
 
 
 def mcse(x: Tensor) -> ChainFigure:
@@ -251,10 +238,7 @@ def mcse(x: Tensor) -> ChainFigure:
     vehtari2021
     """
     values = _checked(x)
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(math.inf, note)
-    return ChainFigure(float(values.std(ddof=1)) / math.sqrt(_ess(values, "mean")), note)
+    return _figure(values, lambda: float(values.std(ddof=1)) / math.sqrt(_ess(values, "mean")), of_constant=math.inf)
 
 
 def autocorrelation_time(x: Tensor) -> ChainFigure:
@@ -282,10 +266,7 @@ def autocorrelation_time(x: Tensor) -> ChainFigure:
     vehtari2021
     """
     values = _checked(x)
-    note = _note(values)
-    if note.startswith("constant:"):
-        return ChainFigure(float(values.shape[1]), note)
-    return ChainFigure(values.size / _ess(values, "mean"), note)
+    return _figure(values, lambda: values.size / _ess(values, "mean"), of_constant=values.shape[1])
 
 
 def stuck_chains(x: Tensor) -> tuple[int, ...]:
@@ -323,6 +304,12 @@ def _checked(x: Tensor, min_steps: int = MIN_STEPS) -> Array:
     return values
 
 
+def _figure(values: Array, compute: Callable[[], float], *, of_constant: float) -> ChainFigure:
+    """What `compute` finds where values vary, and what the figure of a constant is, each with its note."""
+    note = _note(values)
+    return ChainFigure(float(of_constant) if note.startswith("constant:") else compute(), note)
+
+
 def _note(values: Array) -> str:
     if np.ptp(values) == 0:
         return (
@@ -355,6 +342,13 @@ def _normal_scores(values: Array) -> Array:
     ranks = rankdata(values, method="average").reshape(values.shape)
     scores: Array = ndtri((ranks - BLOM) / (values.size - 2.0 * BLOM + 1.0))
     return scores
+
+
+def _bulk_and_spread(values: Array, plain: Callable[[Array], float]) -> float:
+    """The larger of a plain R̂ of the normal scores, and of those of |x − median|."""
+    folded = np.abs(values - np.median(values))  # a symmetrical indicator folds to a constant, which says nothing
+    spread = plain(_normal_scores(folded)) if np.ptp(folded) > 0 else 1.0
+    return max(plain(_normal_scores(values)), spread)
 
 
 def _plain_rhat(values: Array) -> float:

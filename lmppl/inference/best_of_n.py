@@ -179,10 +179,7 @@ def best_of_n_law(log_prior: Tensor, log_phi: Tensor, n: int) -> Tensor:
     if n < 1:
         raise ModelError(f"best_of_n_law: got n = {n}, expected at least 1")
     result = torch.full_like(log_prior, -torch.inf, dtype=torch.float64)
-    possible = torch.nonzero(log_prior > -torch.inf).squeeze(1)
-    prior = log_prior[possible].double()
-    levels, level = torch.unique(log_phi[possible].double(), return_inverse=True)
-    at_level = torch.stack([torch.logsumexp(prior[level == i], 0) for i in range(len(levels))])
+    possible, prior, _, level, at_level = _by_level(log_prior, log_phi)
     up_to = torch.logcumsumexp(at_level, 0)
     share = (at_level - up_to).exp()  # π0(s = v)/F(v), exactly 1 at the lowest level
     log_level = n * up_to + torch.log(-torch.expm1(n * torch.log1p(-share)))
@@ -217,10 +214,7 @@ def soft_best_of_n_law(log_prior: Tensor, scores: Tensor, n: int, temperature: f
     if n < 1 or not 0.0 < temperature < math.inf:
         raise ModelError(f"soft_best_of_n_law: got n = {n} and τ = {temperature}, expected n ≥ 1 and τ > 0")
     result = torch.full_like(log_prior, -torch.inf, dtype=torch.float64)
-    possible = torch.nonzero(log_prior > -torch.inf).squeeze(1)
-    prior = log_prior[possible].double()
-    levels, level = torch.unique(scores[possible].double(), return_inverse=True)
-    log_level = torch.stack([torch.logsumexp(prior[level == i], 0) for i in range(len(levels))])
+    possible, prior, levels, level, log_level = _by_level(log_prior, scores)
     ways = math.comb(n - 1 + len(levels) - 1, n - 1)
     if ways > COMPOSITIONS:
         raise SupportTooLarge(
@@ -241,6 +235,15 @@ def soft_best_of_n_law(log_prior: Tensor, scores: Tensor, n: int, temperature: f
     log_expected = torch.logsumexp(torch.stack(terms), 0)
     result[possible] = math.log(n) + prior + log_expected[level]
     return result
+
+
+def _by_level(log_prior: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the R possible rows: their numbers, log π0, the levels (K,) of s, each row's level, log π0(s = level) (K,)."""
+    possible = torch.nonzero(log_prior > -torch.inf).squeeze(1)
+    prior = log_prior[possible].double()
+    levels, level = torch.unique(scores[possible].double(), return_inverse=True)
+    log_level = torch.stack([torch.logsumexp(prior[level == i], 0) for i in range(len(levels))])
+    return possible, prior, levels, level, log_level
 
 
 def choose_of_each(scores: Tensor, source: Source, soft: float | None = None) -> Tensor:
