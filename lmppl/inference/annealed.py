@@ -1,4 +1,4 @@
-"""What the engines share that anneal along π0·φ^λ, λ from 0 to 1: shards that are sweeps, pilots, and the merge."""
+"""What the engines share that anneal along π0·φ^λ, λ from 0 to 1: sweeps on a ladder, and what they say together."""
 
 from __future__ import annotations
 
@@ -7,41 +7,37 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lmppl.diagnostics.intervals import binomial_upper
-from lmppl.diagnostics.weights import KHAT_LIMIT, effective_sample_size, pareto_khat
-from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.diagnostics.weights import KHAT_LIMIT, pareto_khat
+from lmppl.errors import ModelError
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealingSchedule
 from lmppl.inference.approximation import LEVEL, Particles
-from lmppl.inference.engine import Engine, Part, Request, Shard
-from lmppl.inference.mcmc import Kernel
-from lmppl.inference.refusals import first_context, z_below
+from lmppl.inference.engine import Part, Shard
+from lmppl.inference.piloted_sweeps import PilotedSweeps, SweepShard
+from lmppl.inference.refusals import z_below
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target
-from lmppl.sequences import Draws, Estimate, concatenate
+from lmppl.sequences import Estimate
 
 __all__ = ["Annealed", "AnnealingShard", "check_ladder"]
 
 
 @dataclass(frozen=True)
-class AnnealingShard(Shard):
-    """A sweep of N particles per context; without a `ladder` it is a pilot, which finds one and gives no draws."""
+class AnnealingShard(SweepShard):
+    """A sweep on a `ladder` λ_0..λ_K; without one the pilot, which finds it, or a sweep that finds its own."""
 
     ladder: tuple[float, ...] = ()
-    pilot: bool = False
 
 
-class Annealed(Engine):
+class Annealed(PilotedSweeps):
     """Base of the engines that anneal: a shard is a sweep on a ladder that is given, or that a pilot finds."""
 
-    num_particles: int
-    num_sweeps: int
-    num_moves: int
-    kernel: Kernel | tuple[Kernel, ...]
+    steps_name: ClassVar[str] = "temperatures"
 
     @abstractmethod
     def schedule(self, ladder: tuple[float, ...]) -> AnnealingSchedule:
@@ -55,57 +51,19 @@ class Annealed(Engine):
     def estimate(self, weights: Sequence[Tensor], log_z: Tensor) -> Estimate:
         """log Ẑ (C,) from the log-weights of each context's draws, or from log Ẑ (C, S) of the sweeps."""
 
-    @property
-    def moves(self) -> tuple[Kernel, ...]:
-        """The kernels of one temperature, in their order."""
-        kernels = self.kernel if isinstance(self.kernel, tuple) else (self.kernel,)
-        return kernels * self.num_moves
-
-    @property
-    def default_draws(self) -> int:
-        """N draws of each of the sweeps."""
-        return self.num_particles * self.num_sweeps
-
-    def check(self, target: Target) -> None:
-        """Raise `ModelError` where a field is wrong, or a kernel does not fit the target."""
-        for name in ("num_particles", "num_sweeps", "num_moves"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{type(self).__name__}: got {name}={getattr(self, name)}, expected at least 1")
-        if not self.moves or not all(isinstance(k, Kernel) for k in self.moves):
-            raise ModelError(
-                f"{type(self).__name__}: got kernel={self.kernel!r}, expected a kernel, or a tuple of them"
-            )
-        for kernel in self.moves:
-            kernel.check(target)
-
-    def plan(self, target: Target, request: Request) -> list[Shard]:
-        """One shard a sweep; before them the pilot, where there is one."""
-        self.check(target)
+    def first_shard(self, shard: Shard) -> SweepShard:
+        """As `PilotedSweeps.first_shard`: a pilot where there is no ladder."""
         ladder = self.fixed_ladder()
-        contexts = tuple(range(target.form.num_contexts))
-        first = AnnealingShard(
-            0,
-            self.num_particles,
-            request.seed,
-            contexts,
-            self.num_particles * len(contexts),
-            ladder or (),
-            ladder is None,
-        )
-        if first.pilot:
-            return [first]
-        return [replace(first, id=i) for i in range(self._sweeps(request))]
+        return AnnealingShard(**vars(shard), ladder=ladder or (), pilot=ladder is None)
 
-    def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
-        """After the pilot the sweeps on its ladder; then one more while a budget lasts."""
-        last = parts[-1].shard
-        assert isinstance(last, AnnealingShard)
-        if last.pilot:
-            base = replace(last, ladder=tuple(parts[-1].info["ladder"].tolist()), pilot=False)
-            return [replace(base, id=last.id + 1 + i) for i in range(self._sweeps(request))]
-        if request.num_draws is not None or request.budget is None:
-            return []
-        return [replace(last, id=last.id + 1)]
+    def informed(self, shard: SweepShard, pilot: Part) -> SweepShard:
+        """As `PilotedSweeps.informed`: with the pilot's ladder."""
+        assert isinstance(shard, AnnealingShard)
+        return replace(shard, ladder=tuple(pilot.info["ladder"].tolist()))
+
+    def num_steps(self, part: Part) -> int:
+        """As `PilotedSweeps.num_steps`: K."""
+        return len(part.info["ladder"]) - 1
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """One sweep of every context."""
@@ -126,63 +84,31 @@ class Annealed(Engine):
 
     def merge(self, parts: Sequence[Part]) -> Particles:
         """Weights stay on one scale: the mean of w over the draws of a context is the mean of Ẑ over the sweeps."""
-        sweeps = _sweeps_of(parts)
-        if not sweeps:
-            raise InfeasibleModel(
-                f"{self.name}: the run ended after its pilot, before any draw; give it a larger budget"
-            )
-        draws = concatenate([p.draws for p in sweeps])
-        log_z = torch.stack([p.info["log_z"] for p in sweeps], -1)
-        self._refuse_all_dead(draws.prompts, log_z, sweeps)
-        draws = draws.select(torch.argsort(draws.context, stable=True))
-        assert draws.log_weight is not None
-        weights = [draws.log_weight[draws.context == c] for c in range(len(log_z))]
+        gathered = self.gather(parts)
+        log_weight = gathered.draws.log_weight
+        assert log_weight is not None
+        weights = gathered.weights(log_weight)
         shapes = [pareto_khat(w) for w in weights]
-        ladders = tuple(p.info["ladder"] for p in sweeps)
+        ladders = tuple(p.info["ladder"] for p in gathered.parts)
         info: dict[str, Any] = {
-            "log_z_sweeps": log_z,
-            "ess": torch.stack([effective_sample_size(w) for w in weights]),
+            **gathered.info(log_weight),
             "khat": torch.tensor([s.value for s in shapes], dtype=torch.float64),
             "khat_note": tuple(s.note for s in shapes),
             "ladder": ladders[0],
-            "acceptance": _mean_history([p.info["acceptance"] for p in sweeps]),
-            "ess_history": _mean_history([p.info["ess"] for p in sweeps]),
-            "zero_sweeps": (log_z == -math.inf).sum(-1),
-            "distinct_ancestors": _distinct(draws, len(log_z)),
+            "acceptance": _mean_history([p.info["acceptance"] for p in gathered.parts]),
+            "ess_history": _mean_history([p.info["ess"] for p in gathered.parts]),
         }
         if any(len(ladder) != len(ladders[0]) or not bool((ladder == ladders[0]).all()) for ladder in ladders):
             info["ladders"] = ladders
-        estimate = self.estimate(weights, log_z)
+        estimate = self.estimate(weights, gathered.log_z)
         heavy = [f"k̂ = {s.value:.2f} in context {c}" for c, s in enumerate(shapes) if s.value > KHAT_LIMIT]
         if heavy:
             note = f"{estimate.note}; the weights are heavy-tailed: {', '.join(heavy)}, above {KHAT_LIMIT}"
             estimate = replace(estimate, note=note)
-        return Particles(draws, (estimate,), self.guarantee, info)
+        return Particles(gathered.draws, (estimate,), self.guarantee, info)
 
-    def live(self, parts: Sequence[Part]) -> dict[str, str]:
-        """Sweeps, log Ẑ of the first context, and the share of moves accepted."""
-        sweeps = _sweeps_of(parts)
-        steps = {"temperatures": f"{len(parts[-1].info['ladder']) - 1}"}
-        if not sweeps:
-            return {"pilot": "1", **steps}
-        log_z = torch.stack([p.info["log_z"] for p in sweeps], -1)[0]
-        value = float(torch.logsumexp(log_z, 0)) - math.log(len(log_z))
-        figures = {"sweeps": f"{len(sweeps)}", "log Ẑ": f"{value:.3f}", **steps}
-        acceptance = sweeps[-1].info["acceptance"]
-        if acceptance.numel() and not bool(acceptance.isnan().all()):
-            figures["acceptance"] = f"{float(acceptance.nanmean()):.0%}"
-        return figures
-
-    def _sweeps(self, request: Request) -> int:
-        wanted = self.wanted(request)
-        return 1 if wanted is None else -(-wanted // self.num_particles)
-
-    def _refuse_all_dead(self, prompts: Sequence[str], log_z: Tensor, parts: Sequence[Part]) -> None:
-        """Raise where every sweep of a context has Ẑ = 0."""
-        found = first_context((log_z == -math.inf).all(-1))
-        if found is None:
-            return
-        c, also = found
+    def all_dead(self, prompt: str, c: int, parts: Sequence[Part]) -> str:
+        """As `PilotedSweeps.all_dead`: which factor did it, and what follows about Z."""
         deaths = torch.stack([p.info["deaths"][c] for p in parts]).sum(0)
         names = parts[0].info["factors"]
         worst = names[int(deaths.argmax())]
@@ -192,11 +118,11 @@ class Annealed(Engine):
         log_upper = float(parts[0].info["log_upper"])
         bound = z_below(rate, log_upper) if math.isfinite(log_upper) else f"Pr_π0(γ > 0) < {rate:.1e}"
         first = float(parts[0].info["ladder"][1])
-        raise InfeasibleModel(
-            f"{self.name}: all {trials:,} particles for context {prompts[c]!r}{also} died at the first "
-            f"temperature, λ = {first:.3g}: factor {worst!r} gave most of them weight zero ({shares}); {bound} with "
-            f"{LEVEL:.0%} confidence; a hard factor is in force as soon as λ > 0, so use more particles, an engine "
-            "that steers (SMC), or Splitting with a graded score of it"
+        return (
+            f"all {trials:,} particles for context {prompt} died at the first temperature, λ = {first:.3g}: factor "
+            f"{worst!r} gave most of them weight zero ({shares}); {bound} with {LEVEL:.0%} confidence; a hard factor "
+            "is in force as soon as λ > 0, so use more particles, an engine that steers (SMC), or Splitting with a "
+            "graded score of it"
         )
 
 
@@ -208,10 +134,6 @@ def check_ladder(who: str, ladder: tuple[float, ...]) -> None:
         raise ModelError(f"{who}: got ladder={ladder}, expected rising numbers from 0.0 to 1.0")
 
 
-def _sweeps_of(parts: Sequence[Part]) -> list[Part]:
-    return [p for p in parts if isinstance(p.shard, AnnealingShard) and not p.shard.pilot]
-
-
 def _mean_history(histories: Sequence[Tensor]) -> Tensor:
     """(R, C) means of S histories (R_s, C), each over the sweeps that went as far; nan where none has a figure."""
     longest = max(len(h) for h in histories)
@@ -219,11 +141,3 @@ def _mean_history(histories: Sequence[Tensor]) -> Tensor:
     for s, history in enumerate(histories):
         whole[s, : len(history)] = history
     return whole.nanmean(0)
-
-
-def _distinct(draws: Draws, num_contexts: int) -> Tensor:
-    """(C,) initial particles of all sweeps from which draws with positive weight descend."""
-    assert draws.log_weight is not None
-    found = torch.stack([draws.context, draws.columns["shard"], draws.columns["parent"]], -1)
-    found = torch.unique(found[draws.log_weight > -math.inf], dim=0)
-    return torch.bincount(found[:, 0], minlength=num_contexts)

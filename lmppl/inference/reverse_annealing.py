@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lmppl.diagnostics.normalizers import mean_of_logs
@@ -15,9 +14,9 @@ from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealedSweepResult, A
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.conditional_smc import Sandwich, retained_rows
 from lmppl.inference.engine import Request, Shard, shard_generator
+from lmppl.inference.exact_draws import log_z_holding
 from lmppl.inference.run import infer
 from lmppl.inference.tempered_smc import TemperedSMC
-from lmppl.lm.decoding import plan_rows
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
@@ -113,26 +112,15 @@ def reverse_ais(
     ----------
     neal2001, grosse2015
     """
-    if exact_draws.log_weight is not None and float(exact_draws.log_weight.max() - exact_draws.log_weight.min()) != 0.0:
-        raise ModelError(
-            "reverse_ais: got weighted draws, expected equally weighted exact ones, as `Rejection` gives them"
-        )
     target = Target(model)
     fixed = _ladder_of(model, engine, seed) if ladder is None else tuple(float(x) for x in ladder)
     count = engine.num_particles if num_particles is None else num_particles
     source = Source(shard_generator(Shard(REVERSE_STREAM, 0, seed, (), 0)))
-    size = max(1, plan_rows(model.prior, len(exact_draws) * count) // count)
-    parts = [
-        conditional_annealing(
-            target, engine, exact_draws.select(index), source, ladder=fixed, num_particles=count
-        ).log_z
-        for index in torch.arange(len(exact_draws)).split(size)
-    ]
-    log_z = torch.cat(parts)
-    high = [log_z[exact_draws.context == c] for c in range(model.prior.num_contexts)]
-    empty = [c for c, values in enumerate(high) if len(values) == 0]
-    if empty:
-        raise ModelError(f"reverse_ais: got no exact draw for context {model.prior.prompts[empty[0]]!r}")
+
+    def run(rows: Draws) -> Tensor:
+        return conditional_annealing(target, engine, rows, source, ladder=fixed, num_particles=count).log_z
+
+    high = log_z_holding(exact_draws, model.prior, count, run, who="reverse_ais")
     note = f"mean of log Ẑ over {min(map(len, high))} reverse runs from exact draws, N = {count}, Student's t"
     return mean_of_logs(high, "upper_bound", note, level)
 

@@ -9,20 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from lmppl.diagnostics.normalizers import log_mean_sweeps, stack
-from lmppl.diagnostics.weights import effective_sample_size
-from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL, Particles
-from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
+from lmppl.inference.engine import Guarantee, Part, Shard
 from lmppl.inference.mcmc import Kernel, SuffixResample
+from lmppl.inference.piloted_sweeps import PilotedSweeps, SweepShard
 from lmppl.inference.refusals import first_context
 from lmppl.inference.splitting_sweep import SplittingSchedule, SplittingSweep, rounds_of
 from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.target import Target, TargetForm
-from lmppl.sequences import concatenate
 
 __all__ = ["Splitting", "SplittingShard"]
 
@@ -30,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SplittingShard(Shard):
-    """A sweep of N particles per context; without `tops` it is a pilot, which finds them and gives no draws.
+class SplittingShard(SweepShard):
+    """A sweep of N particles per context up to `tops`; without them it is the pilot, which finds them.
 
     Parameters
     ----------
@@ -43,7 +41,7 @@ class SplittingShard(Shard):
 
 
 @dataclass(frozen=True)
-class Splitting(Engine):
+class Splitting(PilotedSweeps):
     """Adaptive multilevel splitting: kill the particles with the lowest scores, branch the others, and go on higher.
 
     N draws of π0. Each round, in each context: the level z is the k-th lowest score S, k = ⌈kill_share·N⌉; all K
@@ -113,6 +111,8 @@ class Splitting(Engine):
     name: ClassVar[str] = "splitting"
     guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
     references: ClassVar[tuple[str, ...]] = ("cerou2007", "brehier2016")
+    min_particles: ClassVar[int] = 2
+    steps_name: ClassVar[str] = "rounds"
 
     def unsupported_reason(self, form: TargetForm) -> str | None:
         """As `Engine.unsupported_reason`."""
@@ -130,35 +130,19 @@ class Splitting(Engine):
         named = self.score.name if isinstance(self.score, Feature) else getattr(self.score, "__name__", "score")
         return replace(self, score=named).__str__()
 
-    @property
-    def moves(self) -> tuple[Kernel, ...]:
-        """The kernels of one round, in their order."""
-        kernels = self.kernel if isinstance(self.kernel, tuple) else (self.kernel,)
-        return kernels * self.num_moves
+    def first_shard(self, shard: Shard) -> SweepShard:
+        """As `PilotedSweeps.first_shard`: a pilot where no `top` is given."""
+        tops = () if self.top is None else (float(self.top),) * len(shard.contexts)
+        return SplittingShard(**vars(shard), tops=tops, pilot=not tops)
 
-    @property
-    def default_draws(self) -> int:
-        """N draws of each of the sweeps."""
-        return self.num_particles * self.num_sweeps
+    def informed(self, shard: SweepShard, pilot: Part) -> SweepShard:
+        """As `PilotedSweeps.informed`: with the pilot's tops."""
+        assert isinstance(shard, SplittingShard)
+        return replace(shard, tops=tuple(pilot.info["tops"].tolist()))
 
-    def plan(self, target: Target, request: Request) -> list[Shard]:
-        """One shard a sweep; before them the pilot, where no `top` is given."""
-        self._check(target)
-        contexts = tuple(range(target.form.num_contexts))
-        tops = () if self.top is None else (float(self.top),) * len(contexts)
-        first = SplittingShard(0, self.num_particles, request.seed, contexts, self.num_particles * len(contexts), tops)
-        return [replace(first, id=i) for i in range(self._sweeps(request))] if tops else [first]
-
-    def replan(self, target: Target, request: Request, parts: Sequence[Part]) -> list[Shard]:
-        """After the pilot the sweeps with its tops; then one more while a budget lasts."""
-        last = parts[-1].shard
-        assert isinstance(last, SplittingShard)
-        if not last.tops:
-            base = replace(last, tops=tuple(parts[-1].info["tops"].tolist()))
-            return [replace(base, id=last.id + 1 + i) for i in range(self._sweeps(request))]
-        if request.num_draws is not None or request.budget is None:
-            return []
-        return [replace(last, id=last.id + 1)]
+    def num_steps(self, part: Part) -> int:
+        """As `PilotedSweeps.num_steps`: rounds."""
+        return len(part.info["levels"])
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """One sweep of every context."""
@@ -168,7 +152,7 @@ class Splitting(Engine):
         sweep.run()
         draws = sweep.weighted()
         log_z = sweep.log_z(draws)
-        if not shard.tops:
+        if shard.pilot:
             draws = draws.select([])
         number = torch.full_like(draws.context, shard.id)
         columns = {"sweep": number, "shard": number, **draws.columns}
@@ -186,86 +170,46 @@ class Splitting(Engine):
 
     def merge(self, parts: Sequence[Part]) -> Particles:
         """Weights are put on one scale: the mean of w over the draws of a context is the mean of Ẑ over the sweeps."""
-        sweeps = [p for p in parts if isinstance(p.shard, SplittingShard) and p.shard.tops]
-        if not sweeps:
-            raise InfeasibleModel("splitting: the run ended after its pilot, before any draw; give it a larger budget")
-        draws = concatenate([p.draws for p in sweeps])
-        log_z = torch.stack([p.info["log_z"] for p in sweeps], -1)
-        self._refuse_all_dead(draws.prompts, log_z, sweeps)
+        gathered = self.gather(parts)
+        sweeps, draws, log_z = gathered
         _warn_of_first_scores(draws.prompts, parts)
-        draws = draws.select(torch.argsort(draws.context, stable=True))
         assert draws.log_weight is not None
         rows = torch.bincount(draws.context, minlength=len(log_z)).double()
         scale = (rows / (len(sweeps) * self.num_particles)).log()
-        draws = draws.with_columns(log_weight=draws.log_weight + scale[draws.context])
-        assert draws.log_weight is not None
-        positive = draws.log_weight > -math.inf
-        found = torch.stack([draws.context, draws.columns["sweep"], draws.columns["parent"]], -1)
-        origins = torch.unique(found[positive], dim=0)
-        weights = [draws.log_weight[draws.context == c] for c in range(len(log_z))]
+        log_weight = draws.log_weight + scale[draws.context]
         info: dict[str, Any] = {
-            "log_z_sweeps": log_z,
+            **gathered.info(log_weight),
             "tops": sweeps[0].info["tops"],
-            "ess": torch.stack([effective_sample_size(w) for w in weights]),
-            "zero_sweeps": (log_z == -math.inf).sum(-1),
-            "distinct_ancestors": torch.bincount(origins[:, 0], minlength=len(log_z)),
             "rounds": torch.stack([(~p.info["levels"].isnan()).sum(0) for p in sweeps], -1),
             **{name: tuple(p.info[name] for p in sweeps) for name in ("levels", "killed", "acceptance")},
         }
         estimate = stack([log_mean_sweeps(z, LEVEL) for z in log_z])
-        return Particles(draws, (estimate,), self.guarantee, info)
+        return Particles(draws.with_columns(log_weight=log_weight), (estimate,), self.guarantee, info)
 
-    def live(self, parts: Sequence[Part]) -> dict[str, str]:
-        sweeps = [p for p in parts if isinstance(p.shard, SplittingShard) and p.shard.tops]
-        rounds = {"rounds": f"{len(parts[-1].info['levels'])}"}
-        if not sweeps:
-            return {"pilot": "1", **rounds}
-        log_z = torch.stack([p.info["log_z"] for p in sweeps], -1)[0]
-        value = float(torch.logsumexp(log_z, 0)) - math.log(len(log_z))
-        figures = {"sweeps": f"{len(sweeps)}", "log Ẑ": f"{value:.3f}", **rounds}
-        acceptance = sweeps[-1].info["acceptance"]
-        if acceptance.numel() and not bool(acceptance.isnan().all()):
-            figures["acceptance"] = f"{float(acceptance.nanmean()):.0%}"
-        return figures
-
-    def _check(self, target: Target) -> None:
-        for name in ("num_particles", "num_moves", "num_sweeps"):
-            least = 2 if name == "num_particles" else 1
-            if getattr(self, name) < least:
-                raise ModelError(f"Splitting: got {name}={getattr(self, name)}, expected at least {least}")
+    def check(self, target: Target) -> None:
+        """As `PilotedSweeps.check`."""
+        super().check(target)
         if not 0.0 < self.kill_share < 1.0:
             raise ModelError(f"Splitting: got kill_share={self.kill_share}, expected a share of N in (0, 1)")
         if self.top is not None and math.isnan(self.top):
             raise ModelError("Splitting: got top=nan, expected a score")
-        if not self.moves or not all(isinstance(k, Kernel) for k in self.moves):
-            raise ModelError(f"Splitting: got kernel={self.kernel!r}, expected a kernel, or a tuple of them")
-        for kernel in self.moves:
-            kernel.check(target)
         known = {*target.form.factor_names, *target.model.features}
         if isinstance(self.score, str) and self.score not in known:
             raise ModelError(f"Splitting: score {self.score!r} names no factor or feature; there are {sorted(known)}")
         if self.score is not None and not isinstance(self.score, str | Feature) and not callable(self.score):
             raise ModelError(f"Splitting: got score={self.score!r}, expected a name, a feature or a function of texts")
 
-    def _sweeps(self, request: Request) -> int:
-        wanted = self.wanted(request)
-        return 1 if wanted is None else -(-wanted // self.num_particles)
-
-    def _refuse_all_dead(self, prompts: Sequence[str], log_z: Tensor, parts: Sequence[Part]) -> None:
-        """Raise where every sweep of a context has Ẑ = 0."""
-        found = first_context((log_z == -math.inf).all(-1))
-        if found is None:
-            return
-        c, also = found
+    def all_dead(self, prompt: str, c: int, parts: Sequence[Part]) -> str:
+        """As `PilotedSweeps.all_dead`: how high the scores went, and which factor was still zero."""
         highest = max(float(p.info["highest"][c]) for p in parts)
         dead = torch.stack([p.info["dead"][c] for p in parts]).sum(0)
         worst = parts[0].info["factors"][int(dead.argmax())]
         rounds = max(int((~p.info["levels"][:, c].isnan()).sum()) for p in parts)
-        raise InfeasibleModel(
-            f"splitting: no particle of {len(parts)} sweep(s) has γ > 0 for context {prompts[c]!r}{also}: after up to "
-            f"{rounds} rounds the highest score is {highest:.4g} and factor {worst!r} is still zero "
-            f"there (a sweep ends at {float(parts[0].info['tops'][c]):.4g}); use more particles or moves, a score that "
-            "grows towards that factor, or a higher top="
+        return (
+            f"no particle of {len(parts)} sweep(s) has γ > 0 for context {prompt}: after up to {rounds} rounds the "
+            f"highest score is {highest:.4g} and factor {worst!r} is still zero there (a sweep ends at "
+            f"{float(parts[0].info['tops'][c]):.4g}); use more particles or moves, a score that grows towards that "
+            "factor, or a higher top="
         )
 
 

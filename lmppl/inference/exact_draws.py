@@ -1,0 +1,51 @@
+"""Conditional runs from exact draws of π*: log Ẑ of runs that hold one, for upper bounds of log Z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import ModelError
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoding import plan_rows
+from lmppl.sequences import Draws
+
+__all__ = ["log_z_holding"]
+
+
+def log_z_holding(
+    exact_draws: Draws, prior: LanguageModel, num_particles: int, run: Callable[[Draws], Tensor], *, who: str
+) -> list[Tensor]:
+    """log Ẑ of a conditional run for each exact draw, in nats, context by context.
+
+    Parameters
+    ----------
+    exact_draws : Draws
+        Equally weighted.
+    prior : LanguageModel
+        π0, whose memory plan says how many runs go together.
+    num_particles : int
+        N of a run.
+    run : callable
+        Maps rows (G,) to log Ẑ (G,) of a run that holds each.
+    who : str
+        Is named where the draws are refused.
+
+    Raises
+    ------
+    ModelError
+        Where the draws are weighted, or a context has none.
+    """
+    log_weight = exact_draws.log_weight
+    if log_weight is not None and float(log_weight.max() - log_weight.min()) != 0.0:
+        raise ModelError(f"{who}: got weighted draws, expected equally weighted exact ones, as `Rejection` gives them")
+    there = torch.bincount(exact_draws.context, minlength=prior.num_contexts)
+    if bool((there == 0).any()):
+        prompt = prior.prompts[int(there.argmin())]
+        raise ModelError(f"{who}: got no exact draw for context {prompt!r}")
+    size = max(1, plan_rows(prior, len(exact_draws) * num_particles) // num_particles)
+    index = torch.arange(len(exact_draws)).split(size)
+    log_z = torch.cat([run(exact_draws.select(rows)) for rows in index])
+    return [log_z[exact_draws.context == c] for c in range(prior.num_contexts)]
