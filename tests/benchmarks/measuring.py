@@ -8,9 +8,11 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +25,14 @@ from lmppl.storage import versions
 __all__ = [
     "Found",
     "Peer",
+    "ResidentMemory",
     "cpu_seconds",
     "in_turns",
     "log_mean_exp",
     "peers_python",
     "ratio",
     "record",
+    "resident_memory",
     "run_apart",
     "single_thread",
 ]
@@ -108,6 +112,36 @@ def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
     result = function()
     return time.process_time() - start, result
+
+
+@dataclass
+class ResidentMemory:
+    """Bytes that the process held before some work, and at most while it ran."""
+
+    before: int
+    peak: int
+
+
+@contextmanager
+def resident_memory() -> Iterator[ResidentMemory]:
+    """Watch this process while the body runs; its own record would hold what came before, such as loading a model."""
+    import psutil
+
+    process, over = psutil.Process(), threading.Event()
+    resident = process.memory_info().rss
+    memory = ResidentMemory(resident, resident)
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            memory.peak = max(memory.peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        over.set()
+        thread.join()
 
 
 def in_turns(contenders: dict[str, Callable[[int], dict[str, Any]]], rounds: int, *, warm_up: bool = True) -> Found:

@@ -9,8 +9,6 @@ import gc
 import importlib.util
 import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers import DynamicCache
 
 import lmppl
 from lmppl.lm import LM
+from tests.benchmarks.measuring import run_apart
 
 RESULTS = Path(__file__).parent / "results"
 NUM_DRAWS, CAP = 512, 32
@@ -137,36 +136,27 @@ def test_natural_lengths(name: str) -> None:
 
 
 PEAK = f"""
-import sys, threading, time
-import psutil, torch
+import json, sys
+import torch
 torch.set_num_threads(1)
 from lmppl.lm import LM
-lm = LM({{name!r}}, context="The film was", max_new_tokens={CAP}, device="cpu")
+from tests.benchmarks.measuring import resident_memory
+lm = LM(sys.argv[1], context="The film was", max_new_tokens={CAP}, device="cpu")
 lm.eos_ids = ()
 ids = torch.randint(lm.vocab_size, ({NUM_DRAWS}, {CAP}), generator=torch.Generator().manual_seed(0))
 rows = lm.parse(ids, torch.zeros({NUM_DRAWS}, dtype=torch.int64))
 lm.score(rows.select([0, 1]))
-process, running = psutil.Process(), True
-before = peak = process.memory_info().rss
-def watch():
-    global peak
-    while running:
-        peak = max(peak, process.memory_info().rss)
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-lm.score(rows)
-running = False
-thread.join()
-print(lm.vocab_size, before, peak)
+with resident_memory() as memory:
+    lm.score(rows)
+print(json.dumps({{"vocab": lm.vocab_size, "before": memory.before, "peak": memory.peak}}))
 """
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scoring_needs_a_quarter_of_the_memory_that_all_scores_would(name: str) -> None:
     skip_without_package(name)
-    run = subprocess.run([sys.executable, "-c", PEAK.format(name=name)], capture_output=True, text=True, check=True)
-    vocab, before, peak = map(int, run.stdout.split())
+    run = run_apart(PEAK, name)
+    vocab, before, peak = run["vocab"], run["before"], run["peak"]
     materialised = 4 * NUM_DRAWS * CAP * vocab
     figures = {"materialised_bytes": materialised, "peak_bytes": peak - before, "resident_before_bytes": before}
     record(f"scoring-memory-{name}", {**figures, "share": (peak - before) / materialised})

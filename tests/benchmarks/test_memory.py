@@ -15,27 +15,18 @@ from tests.benchmarks.random_llama import SIZES, make_folder
 
 SIZE = "1M"
 RUN = """
-import json, sys, threading, time
-import psutil, torch
+import json, sys
+import torch
 torch.set_num_threads(1)
+from tests.benchmarks.measuring import resident_memory
 from tests.benchmarks.test_smc import Problem
 source, particles, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 Problem(source, source, 2, 4).ours(0)  # what is imported and allocated once
 problem = Problem(source, source, particles, tokens)
-process, running = psutil.Process(), True
-before = peak = process.memory_info().rss
-def watch():  # the process's own record would hold what loading the model took
-    global peak
-    while running:
-        peak = max(peak, process.memory_info().rss)
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-found = problem.ours(0)
-running = False
-thread.join()
+with resident_memory() as memory:
+    found = problem.ours(0)
 print(json.dumps({
-    "particles": particles, "tokens": tokens, "resident_before_bytes": before, "peak_bytes": peak,
+    "particles": particles, "tokens": tokens, "resident_before_bytes": memory.before, "peak_bytes": memory.peak,
     "cpu_seconds": found["cpu_seconds"], "log_z": found["log_z"],
     "cache_bytes": particles * (tokens + len(problem.prompt)) * problem.lm.network.cache_bytes_per_token(),
 }))

@@ -7,7 +7,7 @@ contender runs once. The peers run in their own environment and process (`measur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,8 +24,10 @@ from lmppl.inference.smc import SMC
 from lmppl.lm import LM
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
-from tests.benchmarks.measuring import Found, Peer, cpu_seconds, in_turns, log_mean_exp, ratio, record, single_thread
-from tests.benchmarks.random_llama import CONTEXT, allowed_characters, make_folder
+from tests.benchmarks.measuring import Found, Peer, cpu_seconds, in_turns, log_mean_exp, ratio, record
+from tests.benchmarks.random_llama import CONTEXT, allowed_characters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LETTER, BETA = "a", 2.0  # the reward is the number of times that the letter occurs
 THRESHOLD = 0.5
@@ -152,24 +154,6 @@ def hand_written(problem: Problem, generator: torch.Generator) -> float:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     log_w += torch.tensor(reward(texts)) / BETA
     return log_z + float(torch.logsumexp(log_w, 0)) - math.log(count)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(size: str) -> Path:
-        if size not in made:
-            made[size] = make_folder(size, tmp_path_factory.mktemp(size))
-        return made[size]
-
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 def compete(problem: Problem, peers: Sequence[str], rounds: int) -> tuple[Found, dict[str, Any]]:

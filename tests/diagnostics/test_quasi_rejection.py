@@ -11,26 +11,8 @@ from torch import Tensor
 from lmppl.diagnostics.divergences import kl_divergence, total_variation
 from lmppl.diagnostics.quasi_rejection import log_bound_of_acceptance, log_quasi_acceptance, quasi_rejection_curve
 from lmppl.errors import InfeasibleModel, ModelError
-from lmppl.modeling.evidence import Constraint, Reward
-from lmppl.modeling.model import Model
-from tests.models import ENUMERABLE, TOLERANCE, BruteForce, brute_force, enumerable_lm, has_no, wavy
-
-SOFT = (Reward(wavy, beta=0.5, name="wavy"),)
-HARD = (Reward(wavy, beta=0.5, name="wavy"), Constraint(has_no("b"), name="no b"))
-
-
-def model_of(kind: str, factors: tuple = SOFT) -> Model:
-    return Model(enumerable_lm(kind), factors)
-
-
-def weights_of(kind: str, table: BruteForce, other: bool) -> tuple[Tensor, Tensor]:
-    """log q (S,) and log γ − log q (S,) of every outcome, for the prior or for another LM as the proposal."""
-    log_q = enumerable_lm(kind, seed=3).score(table.sequences) if other else table.log_prior
-    possible = log_q > -math.inf
-    log_w = torch.full_like(log_q, -math.inf)
-    log_w[possible] = table.log_gamma[possible] - log_q[possible]
-    return log_q, log_w
-
+from tests.models import ENUMERABLE, TOLERANCE, brute_force
+from tests.quasi_rejection_cases import HARD, SOFT, model_of, weights_of
 
 # The law, exactly.
 

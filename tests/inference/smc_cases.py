@@ -77,63 +77,61 @@ class ArbitraryTwist:
         return [(c, prefix[:n]) for (c, prefix), n in zip(state, lengths.tolist(), strict=True)]
 
 
-class NoLetter:
-    """1[no `token` in x] prefix by prefix: −inf from the token on."""
+class OneNumber:
+    """Base of forms whose state is one number a row, the potential, 0 at the start."""
 
     needs = ("ids",)
 
-    def __init__(self, token: int, vocab_size: int, *, wrong: str = "") -> None:
-        self.token, self.vocab_size, self.wrong = token, vocab_size, wrong
+    def __init__(self, token: int, vocab_size: int) -> None:
+        self.token, self.vocab_size = token, vocab_size
 
     def start(self, contexts):
         return torch.zeros(len(contexts), dtype=torch.float64)
 
+    def asked(self, state, candidates):
+        return torch.arange(self.vocab_size).expand(len(state), -1) if candidates is None else candidates
+
+    def potential(self, state):
+        return state
+
+    def select(self, state, index):
+        return state[index]
+
+    def crop(self, state, lengths):
+        raise NotImplementedError
+
+
+class NoLetter(OneNumber):
+    """1[no `token` in x] prefix by prefix: −inf from the token on."""
+
+    def __init__(self, token: int, vocab_size: int, *, wrong: str = "") -> None:
+        super().__init__(token, vocab_size)
+        self.wrong = wrong
+
     def weigh(self, state, candidates):
-        if candidates is None:
-            candidates = torch.arange(self.vocab_size).expand(len(state), -1)
         gain = 0.5 if self.wrong == "weigh" else 0.0
-        return torch.where((candidates == self.token) | (state == -math.inf)[:, None], -math.inf, gain)
+        gone = (self.asked(state, candidates) == self.token) | (state == -math.inf)[:, None]
+        return torch.where(gone, -math.inf, gain)
 
     def advance(self, state, tokens, step):
         return torch.where(tokens == self.token, -math.inf, state)
 
-    def potential(self, state):
-        return state
 
-    def select(self, state, index):
-        return state[index]
-
-    def crop(self, state, lengths):
-        raise NotImplementedError
-
-
-class CountLetter:
+class CountLetter(OneNumber):
     """exp(strength · how often `token` is in x), prefix by prefix, off by `error` at the end of a row."""
 
-    needs = ("ids",)
-
     def __init__(self, token: int, vocab_size: int, strength: float, error: float = 0.0) -> None:
-        self.token, self.vocab_size, self.strength, self.error = token, vocab_size, strength, error
+        super().__init__(token, vocab_size)
+        self.strength, self.error = strength, error
 
-    def start(self, contexts):
-        return torch.zeros(len(contexts), dtype=torch.float64)
+    def gain(self, tokens):
+        return self.strength * (tokens == self.token).double() + self.error * (tokens == self.vocab_size - 1)
 
     def weigh(self, state, candidates):
-        if candidates is None:
-            candidates = torch.arange(self.vocab_size).expand(len(state), -1)
-        return self.strength * (candidates == self.token).double() + self.error * (candidates == self.vocab_size - 1)
+        return self.gain(self.asked(state, candidates))
 
     def advance(self, state, tokens, step):
-        return state + self.strength * (tokens == self.token) + self.error * (tokens == self.vocab_size - 1)
-
-    def potential(self, state):
-        return state
-
-    def select(self, state, index):
-        return state[index]
-
-    def crop(self, state, lengths):
-        raise NotImplementedError
+        return state + self.gain(tokens)
 
 
 def with_form(factor: Factor, form: object) -> Factor:

@@ -32,6 +32,7 @@ from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, concatenate
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.whole_runs import check_that_a_stopped_run_goes_on
 from tests.models import ENUMERABLE, TOLERANCE, all_outcomes, brute_force, count_of, enumerable_lm, has_no, wavy
 
 VISIBLE = 1e-4  # a mutant must be wrong by this much
@@ -372,12 +373,7 @@ def test_a_budget_adds_sweeps() -> None:
 
 @pytest.mark.parametrize("engine", [AIS(16, 3), TemperedSMC(16)], ids=["ais", "tempered"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_draws(engine, tmp_path) -> None:
-    whole = infer(MODEL, engine, 64)
-    first = infer(MODEL, engine, 64, budget=Budget(lm_tokens=whole.cost.lm_tokens // 2), checkpoint=tmp_path)
-    again = infer(MODEL, engine, 64, checkpoint=tmp_path)
-    assert (first.status, again.status) == ("interrupted", "complete")
-    assert again.draws.keys() == whole.draws.keys()
-    assert torch.equal(again.draws.log_weight, whole.draws.log_weight)
+    check_that_a_stopped_run_goes_on(MODEL, engine, 64, tmp_path)
 
 
 def test_annealing_beats_importance_from_the_prior_at_a_steep_reward() -> None:

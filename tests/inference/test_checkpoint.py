@@ -38,6 +38,7 @@ from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.model import Model
 from lmppl.storage import pack, unpack
+from tests.inference.whole_runs import same_run
 from tests.models import enumerable_lm, wavy
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -60,19 +61,6 @@ ENGINES = [
 
 def model() -> Model:
     return enumerable_lm("tabular") * Reward(wavy, beta=0.5, upper=1.0)
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two runs have equal draws, weights and estimates, to the bit."""
-    left, right = a.draws, b.draws
-    columns = [(left.log_weight, right.log_weight), (left.log_prior, right.log_prior)]
-    columns += [(left.log_factors[name], right.log_factors[name]) for name in left.log_factors]
-    columns += [(e.value, f.value) for e, f in zip(a.log_normalizer, b.log_normalizer, strict=True)]
-    return (
-        torch.equal(left.ids, right.ids)
-        and left.text == right.text
-        and all((x is None and y is None) or torch.equal(x, y) for x, y in columns)
-    )
 
 
 class Stop(Exception):
@@ -105,7 +93,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_draws(engine: Engine, num_draws:
     times = [path.stat().st_mtime_ns for path in parts]
     resumed = infer(model(), engine, num_draws, seed=5, checkpoint=tmp_path / "run")
     assert [path.stat().st_mtime_ns for path in parts] == times
-    assert same(resumed, whole)
+    assert same_run(resumed, whole)
     assert resumed.cost.lm_tokens == whole.cost.lm_tokens
     assert resumed.status == "complete"
 
@@ -123,14 +111,14 @@ def test_a_finished_run_is_read_and_not_computed(tmp_path: Path) -> None:
     calls.clear()
     again = infer(declared, Importance(), 500, checkpoint=tmp_path)
     assert not calls
-    assert same(first, again)
+    assert same_run(first, again)
 
 
 def test_a_budget_can_be_raised(tmp_path: Path) -> None:
     infer(model(), Importance(), budget=Budget(lm_tokens=10), seed=1, checkpoint=tmp_path)
     assert len(list(tmp_path.glob("part-*"))) == 1
     longer = infer(model(), Importance(), budget=Budget(lm_tokens=10_000), seed=1, checkpoint=tmp_path)
-    assert same(longer, infer(model(), Importance(), budget=Budget(lm_tokens=10_000), seed=1))
+    assert same_run(longer, infer(model(), Importance(), budget=Budget(lm_tokens=10_000), seed=1))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +163,10 @@ def test_a_damaged_part_is_refused_and_the_others_kept(tmp_path: Path, caplog: p
         again = infer(model(), Importance(), DRAWS, checkpoint=tmp_path)
     assert f"{second.name} is damaged" in caplog.text
     assert first.stat().st_mtime_ns == kept
-    assert same(again, whole)
+    assert same_run(again, whole)
     second.write_bytes(second.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
-        assert same(infer(model(), Importance(), DRAWS, checkpoint=tmp_path), whole)
+        assert same_run(infer(model(), Importance(), DRAWS, checkpoint=tmp_path), whole)
 
 
 def test_a_damaged_manifest_and_a_strange_folder_are_refused(tmp_path: Path) -> None:

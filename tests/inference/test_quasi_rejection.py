@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from lmppl.diagnostics.quasi_rejection import quasi_rejection_curve
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
 from lmppl.inference.approximation import Sampler
-from lmppl.inference.engine import Budget, Guarantee, Request
+from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionShard
 from lmppl.inference.run import infer, stream
 from lmppl.lm.tabular import TabularLM
@@ -19,10 +18,10 @@ from lmppl.modeling.evidence import Constraint, Reward
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.whole_runs import check_that_a_stopped_run_goes_on, run_parts
 from tests.models import (
     ENUMERABLE,
     TOLERANCE,
-    BruteForce,
     brute_force,
     count_of,
     enumerable_lm,
@@ -30,23 +29,9 @@ from tests.models import (
     has_no,
     wavy,
 )
+from tests.quasi_rejection_cases import HARD, SOFT, model_of, weights_of
 
-SOFT = (Reward(wavy, beta=0.5, name="wavy"),)
-HARD = (Reward(wavy, beta=0.5, name="wavy"), Constraint(has_no("b"), name="no b"))
 BOUNDED = (Reward(wavy, beta=0.5, upper=1.0, name="wavy"), Constraint(has_no("b"), name="no b"))
-
-
-def model_of(kind: str, factors: tuple = SOFT) -> Model:
-    return Model(enumerable_lm(kind), factors)
-
-
-def weights_of(kind: str, table: BruteForce, other: bool) -> tuple[Tensor, Tensor]:
-    """log q (S,) and log γ − log q (S,) of every outcome, for the prior or for another LM as the proposal."""
-    log_q = enumerable_lm(kind, seed=3).score(table.sequences) if other else table.log_prior
-    possible = log_q > -math.inf
-    log_w = torch.full_like(log_q, -math.inf)
-    log_w[possible] = table.log_gamma[possible] - log_q[possible]
-    return log_q, log_w
 
 
 # The law, exactly.
@@ -111,29 +96,6 @@ def test_a_run_gives_its_draws_and_figures_that_agree_with_enumeration(kind) -> 
         assert float(lower.interval[c, 0]) - 0.05 < log_zq < float(lower.interval[c, 1]) + 0.05
 
 
-def run_parts(engine: QuasiRejection, model: Model, num_draws: int | None, seed: int = 0) -> list:
-    target, parts = Target(model), []
-    request = Request(num_draws, None, seed)
-    shards = engine.plan(target, request)
-    while shards:
-        parts += [engine.run_shard(target, s) for s in shards]
-        shards = engine.replan(target, request, parts)
-    return parts
-
-
-def test_the_count_of_proposals_does_not_depend_on_how_shards_are_cut() -> None:
-    """N ends with the k-th acceptance: the position of the last draw among the proposals of its context."""
-    engine, model = QuasiRejection(bound=0.5, batch=14), model_of("tabular", HARD)
-    parts = run_parts(engine, model, 20)
-    result = engine.merge(parts)
-    for c in (0, 1):
-        last = result.draws.select(result.draws.context == c)
-        shard, proposal = int(last.columns["shard"][-1]), int(last.columns["proposal"][-1])
-        before = sum(p.shard.num_draws for p in parts if p.shard.id < shard and c in p.shard.contexts)
-        assert int(result.info["proposals"][c]) == before + proposal + 1
-    assert len({p.shard.contexts for p in parts}) == 2, "a context that is done is left out of later shards"
-
-
 def test_the_pilot_counts_for_nothing_but_the_bound() -> None:
     parts = run_parts(QuasiRejection(acceptance=0.3, pilot=200), model_of("tabular", HARD), 30)
     assert parts[0].shard.log_bounds == ()
@@ -179,12 +141,7 @@ def test_a_budget_ends_the_run() -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_draws(tmp_path) -> None:
-    model, engine = model_of("tabular", HARD), QuasiRejection(acceptance=0.3, batch=32)
-    whole = infer(model, engine, 60)
-    first = infer(model, engine, 60, budget=Budget(lm_tokens=whole.cost.lm_tokens - 100), checkpoint=tmp_path)
-    again = infer(model, engine, 60, checkpoint=tmp_path)
-    assert (first.status, again.status) == ("interrupted", "complete")
-    assert again.draws.keys() == whole.draws.keys()
+    check_that_a_stopped_run_goes_on(model_of("tabular", HARD), QuasiRejection(acceptance=0.3, batch=32), 60, tmp_path)
 
 
 def test_a_curve_before_sampling_predicts_the_run() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmppl.errors import BudgetExhausted, FactorError, InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
-from lmppl.inference.engine import Budget, Guarantee, Request
+from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
 from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
@@ -25,6 +25,7 @@ from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.whole_runs import run_parts
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, count_of, enumerable_lm, has_no, wavy
 
 KINDS = ENUMERABLE
@@ -88,15 +89,10 @@ LAWS = {
 
 def every_run(model: Model, engine: Rejection, num_draws: int) -> Iterator[tuple[float, Sampler | None]]:
     """(probability, result) of every run to its end; None where nothing was accepted."""
-    target, request = Target(model), Request(num_draws, None, 0)
 
     def run(source: Source) -> Sampler | None:
-        parts, shards = [], engine.plan(target, request)
-        while shards:
-            parts += [engine.simulate(target, s, source) for s in shards]
-            shards = engine.replan(target, request, parts)
         try:
-            return engine.merge(parts)
+            return engine.merge(run_parts(engine, model, num_draws, source=source))
         except InfeasibleModel:
             return None
 
@@ -179,29 +175,6 @@ def test_the_estimate_follows_from_the_acceptances() -> None:
     for c in (0, 1):
         log_z = float(brute_force(result.model, c).log_z)
         assert float(estimate.interval[c, 0]) <= log_z <= float(estimate.interval[c, 1])
-
-
-def test_the_count_of_proposals_does_not_depend_on_how_shards_are_cut() -> None:
-    """N ends with the k-th acceptance: it is the position of the last draw among all proposals of its context."""
-    engine, model = Rejection(batch=7), model_of("tabular", "product")
-    parts = run_parts(engine, model, 20)
-    result = engine.merge(parts)
-    for c in (0, 1):
-        last = result.draws.select(result.draws.context == c)
-        shard, proposal = int(last.columns["shard"][-1]), int(last.columns["proposal"][-1])
-        before = sum(p.shard.num_draws for p in parts if p.shard.id < shard and c in p.shard.contexts)
-        assert int(result.info["proposals"][c]) == before + proposal + 1
-    assert len({p.shard.contexts for p in parts}) == 2, "the context that is done first is left out of later shards"
-
-
-def run_parts(engine: Rejection, model: Model, num_draws: int | None, seed: int = 0) -> list:
-    target, parts = Target(model), []
-    request = Request(num_draws, None, seed)
-    shards = engine.plan(target, request)
-    while shards:
-        parts += [engine.run_shard(target, s) for s in shards]
-        shards = engine.replan(target, request, parts)
-    return parts
 
 
 def test_shards_never_hold_more_than_the_batch_and_never_pass_the_cap() -> None:

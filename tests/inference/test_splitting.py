@@ -21,6 +21,7 @@ from lmppl.modeling.factors import Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.whole_runs import check_that_a_stopped_run_goes_on
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, count_of, enumerable_lm, wavy
 
 VISIBLE = 1e-3  # a mutant must be wrong by this much
@@ -254,10 +255,4 @@ def test_the_engine_is_plain_configuration() -> None:
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_draws(tmp_path) -> None:
     model = enumerable_lm("tabular") * Reward(count_of("a"), beta=0.4, name="a")
-    engine = Splitting(16, score=letters)
-    whole = infer(model, engine, 64)
-    first = infer(model, engine, 64, budget=Budget(lm_tokens=whole.cost.lm_tokens // 2), checkpoint=tmp_path)
-    again = infer(model, engine, 64, checkpoint=tmp_path)
-    assert (first.status, again.status) == ("interrupted", "complete")
-    assert again.draws.keys() == whole.draws.keys()
-    assert torch.equal(again.draws.log_weight, whole.draws.log_weight)
+    check_that_a_stopped_run_goes_on(model, Splitting(16, score=letters), 64, tmp_path)
