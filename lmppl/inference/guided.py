@@ -19,7 +19,8 @@ from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.coverage import truncates
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
-from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.lm.decoding import plan_rows
 from lmppl.lm.derived import ReweighedLM, count_base
 from lmppl.lm.frontier import Frontier

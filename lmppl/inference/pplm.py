@@ -14,7 +14,8 @@ from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.coverage import truncates
 from lmppl.inference.engine import Request, Shard
 from lmppl.inference.guided import DecodingEngine, SteeredLM, steered_step
-from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.lm.derived import count_base
 from lmppl.lm.perturbation import context_ends, has_open_past, past_of, read_again, zeros_like_past
 from lmppl.lm.transformers import TransformersDecoder

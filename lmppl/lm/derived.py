@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.sequences import Cost, Sequences
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch import Tensor
 from lmppl.errors import ModelError
 
 if TYPE_CHECKING:
-    from lmppl.lm.base import LanguageModel, Step
+    from lmppl.lm.base import LanguageModel
+    from lmppl.lm.decoder import Step
     from lmppl.modeling.evidence.automata import Automaton
     from lmppl.modeling.model import Model
     from lmppl.sequences import Sequences

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, LmpplError, ModelError
-from lmppl.lm.base import Step
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Factor, Incremental, missing_members, start_incremental
 from lmppl.modeling.user_functions import OUT_OF_MEMORY
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.sequences import Draws
 from lmppl.testing.reports import Report
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError, ShapeError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Factor, Incremental, start_incremental
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target

@@ -9,7 +9,8 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge
-from lmppl.lm.base import Decoder, LanguageModel, Step, guard_support
+from lmppl.lm.base import LanguageModel, guard_support
+from lmppl.lm.decoder import Decoder, Step
 from lmppl.lm.tabular import TabularLM
 from lmppl.sequences import Sequences
 

@@ -12,7 +12,7 @@ from lmppl.inference.importance import Importance
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
-from lmppl.lm.base import Step
+from lmppl.lm.decoder import Step
 from lmppl.lm.derived import TemperedLM
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint

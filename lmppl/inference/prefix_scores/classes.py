@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.inference.prefix_scores.columns import widened
-from lmppl.lm.base import Decoder, LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.modeling.factors import Incremental
 from lmppl.sequences import Cost

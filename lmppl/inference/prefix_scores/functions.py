@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Feature, FeatureInput, Incremental
 from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.user_functions import evaluate

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError
 from lmppl.inference.prefix_scores.columns import widened
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Incremental
 from lmppl.modeling.function_contents import content_digest
 

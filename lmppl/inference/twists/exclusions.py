@@ -17,7 +17,8 @@ from torch import Tensor
 from lmppl.inference.engine import Shard, shard_generator
 from lmppl.inference.proposals import draw_from
 from lmppl.inference.twists.lawfulness import LAW_TOLERANCE, broken_form
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.randomness import Source
 from lmppl.modeling.evidence.constraint import Constraint

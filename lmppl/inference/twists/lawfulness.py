@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError
-from lmppl.lm.base import Step
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Factor
 from lmppl.modeling.named_forms import NamedForm
 from lmppl.modeling.target import Target

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.twists.head import TwistHead
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.model import Model
 from lmppl.sequences import Cost
 

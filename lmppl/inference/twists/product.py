@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.model import Model
 from lmppl.modeling.named_forms import NamedForm

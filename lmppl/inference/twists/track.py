@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lmppl.inference.twists.product import ProductTwist
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.frontier import Frontier
 from lmppl.modeling.factors import Incremental, start_incremental

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
 
 __all__ = ["AutomatonPrefixes", "AutomatonRows"]

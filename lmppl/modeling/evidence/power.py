@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.modeling.factors import Factor, Feature
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import FactorError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import Step
 from lmppl.lm.spelling import Spelled
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
