@@ -12,13 +12,7 @@ from torch import Tensor
 
 from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.diagnostics.normalizers import log_acceptance, log_mean_weight, stack
-from lmppl.diagnostics.quasi_rejection import (
-    DISTANCES,
-    QuasiRejectionCurve,
-    log_bound_of_acceptance,
-    log_quasi_acceptance,
-    quasi_rejection_curve,
-)
+from lmppl.diagnostics.quasi_rejection import QuasiRejectionCurve, log_quasi_acceptance
 from lmppl.diagnostics.weights import pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Sampler
@@ -34,6 +28,15 @@ from lmppl.inference.proposals import (
     draw_from,
     evaluate_inside,
 )
+from lmppl.inference.quasi_rejection_bound import (
+    DISTANCES_NOTE,
+    bounds_of_rate,
+    curve_of_weights,
+    distances,
+    refuse_zero,
+    variation_bound,
+    weights_by_context,
+)
 from lmppl.inference.refusals import first_context
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
@@ -44,8 +47,6 @@ from lmppl.sequences import Draws, concatenate
 __all__ = ["QuasiRejection", "QuasiRejectionShard"]
 
 ACCEPTANCE = 0.1  # where neither a bound nor a rate is given
-DISTANCES_NOTE = "the proposal may not cover π*: distances are lower bounds, of what q reaches alone"
-RATES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)  # of the curve, where no bounds are given
 
 
 @dataclass(frozen=True)
@@ -157,24 +158,9 @@ class QuasiRejection(Engine):
         base = make_shard(target, 0, num_proposals, seed, contexts)
         shard = QuasiRejectionShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size)
         part = self.run_shard(target, shard)
-        weights = _weights_by_context([part], len(contexts))
-        _refuse_zero(target.contexts, weights)
-        made = []
-        for log_w in weights:
-            if log_bounds is None:
-                share = float((log_w > -math.inf).double().mean())
-                bounds = [log_bound_of_acceptance(log_w, rate) for rate in RATES if rate <= share]
-                if not bounds:
-                    raise InfeasibleModel(
-                        f"quasi_rejection: {share:.2%} of {num_proposals:,} proposals have γ > 0, so that no rate of "
-                        f"{', '.join(f'{rate:g}' for rate in RATES)} is in reach; give log_bounds=, or a proposal that "
-                        "satisfies the hard factors more often"
-                    )
-            else:
-                bounds = [float(b) for b in log_bounds]
-            curve = quasi_rejection_curve(log_w, torch.tensor(bounds, dtype=torch.float64), level=LEVEL)
-            made.append(_noted(curve) if part.info["coverage"] else curve)
-        return tuple(made)
+        weights = weights_by_context([part], len(contexts))
+        refuse_zero(target.contexts, weights)
+        return tuple(curve_of_weights(w, log_bounds, covers=not part.info["coverage"]) for w in weights)
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
         self._check()
@@ -234,8 +220,8 @@ class QuasiRejection(Engine):
                 "larger budget"
             )
         wanted, log_bounds = _shard(rounds[0]).wanted, torch.tensor(_shard(rounds[0]).log_bounds, dtype=torch.float64)
-        weights = _weights_by_context(rounds, contexts)
-        _refuse_zero(whole.prompts, weights)
+        weights = weights_by_context(rounds, contexts)
+        refuse_zero(whole.prompts, weights)
         end = ending(whole, rounds, wanted)
         tried, accepted, stopped = end.tried, end.accepted, end.stopped
         self._refuse_empty(whole.prompts, tried, accepted, log_bounds)
@@ -250,7 +236,7 @@ class QuasiRejection(Engine):
             "acceptance_rate": accepted / tried,
             "exceeding": torch.tensor([int((w > m).sum()) for w, m in zip(weights, log_bounds, strict=True)]),
             "khat": torch.tensor([pareto_khat(w).value for w in weights], dtype=torch.float64),
-            **_figures(weights, log_bounds),
+            **distances(weights, log_bounds),
         }
         if wanted is not None and not bool(stopped.all()):
             advice = "raise max_tries or ask for a higher acceptance="
@@ -281,13 +267,9 @@ class QuasiRejection(Engine):
             return {"pilot": f"{parts[0].shard.num_draws:,}"}
         tried, accepted = tally(rounds, parts[0].draws.num_contexts)
         figures = {"draws": f"{int(accepted.sum()):,}", "acceptance": f"{float(accepted.sum() / tried.sum()):.2%}"}
-        bounds = []
-        log_bounds = _shard(rounds[0]).log_bounds
-        for log_w, log_bound in zip(_weights_by_context(rounds, len(tried)), log_bounds, strict=True):
-            kept = torch.logsumexp(log_w.clamp_max(log_bound), 0) - torch.logsumexp(log_w, 0)
-            bounds.append(float(-torch.expm1(kept)))
-        if not any(math.isnan(b) for b in bounds):
-            figures["TV ≤"] = f"{max(bounds):.3f}"
+        bound = variation_bound(weights_by_context(rounds, len(tried)), _shard(rounds[0]).log_bounds)
+        if not math.isnan(bound):
+            figures["TV ≤"] = f"{bound:.3f}"
         return figures
 
     def _check(self) -> None:
@@ -325,22 +307,10 @@ class QuasiRejection(Engine):
     def _log_bounds(self, target: Target, pilot: Part) -> tuple[float, ...]:
         """log M_q of each context, from the weights of the pilot's proposals."""
         rate = ACCEPTANCE if self.acceptance is None else self.acceptance
-        weights = _weights_by_context([pilot], target.form.num_contexts)
-        _refuse_zero(target.contexts, weights)
+        weights = weights_by_context([pilot], target.form.num_contexts)
+        refuse_zero(target.contexts, weights)
         upper = target.form.log_upper if self._proposal(target) is None else math.inf
-        bounds = []
-        for prompt, log_w in zip(target.contexts, weights, strict=True):
-            if math.isfinite(upper) and float(torch.exp(log_w - upper).mean()) >= rate:
-                bounds.append(upper)  # exact rejection accepts that often already
-                continue
-            try:
-                bounds.append(min(upper, log_bound_of_acceptance(log_w, rate)))
-            except InfeasibleModel as error:
-                raise InfeasibleModel(
-                    f"quasi_rejection: for context {prompt!r} {error}; ask for a lower acceptance=, give bound=, or a "
-                    "proposal that satisfies the hard factors more often"
-                ) from error
-        return tuple(bounds)
+        return bounds_of_rate(rate, target.contexts, weights, upper)
 
     def _next(
         self,
@@ -375,23 +345,6 @@ class QuasiRejection(Engine):
         )
 
 
-def _figures(weights: Sequence[Tensor], log_bounds: Tensor) -> dict[str, Tensor]:
-    """Divergences and their standard errors, (C,) each."""
-    curves = [quasi_rejection_curve(w, m[None], level=LEVEL) for w, m in zip(weights, log_bounds, strict=True)]
-    found: dict[str, Tensor] = {}
-    for name in DISTANCES:
-        estimates = [getattr(curve, name) for curve in curves]
-        found[name] = torch.cat([e.value for e in estimates])
-        found[f"{name}_error"] = torch.cat([e.standard_error for e in estimates])
-    return found
-
-
-def _noted(curve: QuasiRejectionCurve) -> QuasiRejectionCurve:
-    """The curve of a q that may not cover π*."""
-    figures = {name: getattr(curve, name) for name in (*DISTANCES, "tail")}
-    return replace(curve, **{name: replace(e, note=f"{e.note}; {DISTANCES_NOTE}") for name, e in figures.items()})
-
-
 def _shard(part: Part) -> QuasiRejectionShard:
     if not isinstance(part.shard, QuasiRejectionShard):
         got = type(part.shard).__name__
@@ -399,26 +352,6 @@ def _shard(part: Part) -> QuasiRejectionShard:
     return part.shard
 
 
-def _weights_by_context(parts: Sequence[Part], num_contexts: int) -> list[Tensor]:
-    """log w of every proposal of each context, in the order of the shards."""
-    found: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in range(num_contexts)]
-    for part in parts:
-        rows = part.info["log_weights"].split(part.shard.num_draws)
-        for c, log_w in zip(part.shard.contexts, rows, strict=True):
-            found[c].append(log_w)
-    return [torch.cat(log_w) for log_w in found]
-
-
 def _rounds(parts: Sequence[Part]) -> list[Part]:
     """Without the pilot, which accepts nothing."""
     return [p for p in parts if _shard(p).log_bounds]
-
-
-def _refuse_zero(prompts: Sequence[str], weights: Sequence[Tensor]) -> None:
-    for prompt, log_w in zip(prompts, weights, strict=True):
-        if len(log_w) and not bool((log_w > -math.inf).any()):
-            rate = float(binomial_upper(torch.tensor(0), torch.tensor(len(log_w)), LEVEL))
-            raise InfeasibleModel(
-                f"quasi_rejection: all {len(log_w):,} proposals for context {prompt!r} have γ = 0: Pr_q(γ > 0) < "
-                f"{rate:.1e} with {LEVEL:.0%} confidence; loosen the hard factors, or use a proposal that steers"
-            )
