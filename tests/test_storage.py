@@ -15,7 +15,7 @@ import lmppl.storage
 from lmppl.errors import MissingDependency, StorageError
 from lmppl.lm.tabular import TabularLM
 from lmppl.sequences import Draws
-from lmppl.storage import atomic_write, versions
+from lmppl.storage import atomic_write, hash_tensors, versions
 
 SUFFIXES = [".jsonl", ".safetensors", ".parquet"]
 INF = math.inf
@@ -332,3 +332,19 @@ def test_nothing_is_unpickled():
     source = "".join(path.read_text() for path in Path(lmppl.storage.__file__).parent.glob("*.py"))
     for word in ("import pickle", " torch.load", " torch.save", "eval("):
         assert word not in source
+
+
+def test_a_hash_of_tensors_is_of_names_shapes_dtypes_and_entries_alone() -> None:
+    grid = torch.arange(6).view(2, 3)
+    known = hash_tensors({"a": grid, "b": torch.zeros(0, 2)})
+    assert hash_tensors({"b": torch.zeros(0, 2), "a": grid.t().contiguous().t()}) == known  # other order, other strides
+    others = [
+        {"c": grid, "b": torch.zeros(0, 2)},
+        {"a": grid.view(3, 2), "b": torch.zeros(0, 2)},
+        {"a": grid.int(), "b": torch.zeros(0, 2)},
+        {"a": grid + 1, "b": torch.zeros(0, 2)},
+        {"a": grid, "b": torch.zeros(2, 0)},
+        {"a": grid},
+    ]
+    assert len({known, *map(hash_tensors, others)}) == 7
+    assert len(hash_tensors({"x": torch.tensor(True), "y": torch.ones(2, dtype=torch.bfloat16)})) == 64

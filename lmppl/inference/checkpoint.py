@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError, StorageError
@@ -27,7 +26,7 @@ from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, Sequences
-from lmppl.storage import atomic_write, pack, unpack, versions
+from lmppl.storage import atomic_write, hash_tensors, pack, unpack, versions
 
 __all__ = ["Checkpoint", "engine_identity"]
 
@@ -105,7 +104,7 @@ class Checkpoint:
             "cost": pack(dict(part.cost.as_dict()), tensors, "cost"),
             "info": pack(dict(part.info), tensors, "info"),
             "draws": pack({name: getattr(draws, name) for name in _columns()}, tensors, "draws"),
-            "digest": _digest(tensors),
+            "digest": hash_tensors(tensors),
         }
         stored = safetensors.torch.save(tensors, {"format": FORMAT, "content": json.dumps(content)})
         atomic_write(self.path(part.shard), lambda path: path.write_bytes(stored))
@@ -124,7 +123,7 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             content = json.loads(metadata["content"])
-            if content["digest"] != _digest(tensors):
+            if content["digest"] != hash_tensors(tensors):
                 raise ValueError("its digest is not that of its content")
             if unpack(content["shard"], tensors) != dataclasses.asdict(shard):
                 log.warning("checkpoint %s is of a shard that was planned otherwise; it is computed again", path)
@@ -157,10 +156,10 @@ def engine_identity(engine: Any) -> Any:
     if engine is None or isinstance(engine, bool | int | float | str):
         return engine
     if isinstance(engine, Tensor):
-        return f"tensor {_digest({'': engine.detach().cpu().contiguous()})[:16]}"
+        return f"tensor {hash_tensors({'': engine})[:16]}"
     if isinstance(engine, Sequences):
-        columns = {name: getattr(engine, name).cpu().contiguous() for name in SEQUENCES}
-        return f"sequences {_digest(columns)[:16]}"
+        columns = {name: getattr(engine, name) for name in SEQUENCES}
+        return f"sequences {hash_tensors(columns)[:16]}"
     fingerprint = getattr(engine, "fingerprint", None)
     if isinstance(fingerprint, str):
         return f"{type(engine).__name__} {fingerprint}"
@@ -196,15 +195,6 @@ def model_identity(model: Model) -> dict[str, Any]:
 
 def _columns() -> tuple[str, ...]:
     return (*SEQUENCES, "log_weight", "log_prior", "log_q", "features", "log_factors", "columns")
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

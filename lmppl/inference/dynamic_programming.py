@@ -23,6 +23,7 @@ from lmppl.errors import SupportTooLarge
 from lmppl.inference.posterior_lm import PosteriorLM
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.automata import Automaton
+from lmppl.storage import hash_tensors
 
 __all__ = ["AutomatonLM", "ProductMachine", "product_machine", "soft_values"]
 
@@ -180,10 +181,8 @@ class AutomatonLM(PosteriorLM):
     @property
     def fingerprint(self) -> str:
         """As `LanguageModel.fingerprint`."""
-        digest = hashlib.sha256(self.prior.fingerprint.encode())
-        for tensor in self.machine:
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        machine = hash_tensors(self.machine._asdict())
+        return hashlib.sha256(f"{self.prior.fingerprint}{machine}".encode()).hexdigest()[:16]
 
 
 def lift(automaton: Automaton, prior: TabularLM) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmppl.inference.posterior_lm import PosteriorLM
 from lmppl.lm.base import LanguageModel
 from lmppl.sequences import Sequences
+from lmppl.storage import hash_tensors
 
 __all__ = ["PrefixTreeLM"]
 
@@ -86,10 +87,8 @@ class PrefixTreeLM(PosteriorLM):
     @property
     def fingerprint(self) -> str:
         """As `LanguageModel.fingerprint`."""
-        digest = hashlib.sha256(self.prior.fingerprint.encode())
-        for tensor in (self._keys, self._log_probs):
-            digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        tree = hash_tensors({"keys": self._keys, "log_probs": self._log_probs})
+        return hashlib.sha256(f"{self.prior.fingerprint}{tree}".encode()).hexdigest()[:16]
 
 
 def _segment_logsumexp(values: Tensor, segment: Tensor, size: int) -> Tensor:

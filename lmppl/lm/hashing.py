@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lmppl.storage import hash_tensors
 
 __all__ = ["hash_weights"]
 
@@ -31,14 +34,9 @@ def hash_weights(model: nn.Module) -> str:
     if known is not None and known[0] == stamp:
         return known[1]
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-            for part in [tensor] if size <= WHOLE else _summary(tensor):
-                digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    _known[model] = (stamp, digest.hexdigest())
-    return digest.hexdigest()
+    digest = hash_tensors(tensors if size <= WHOLE else _summaries(tensors))
+    _known[model] = (stamp, digest)
+    return digest
 
 
 def _probe(tensors: list[Tensor]) -> bytes:
@@ -51,8 +49,12 @@ def _probe(tensors: list[Tensor]) -> bytes:
     return hashlib.sha256(torch.cat(parts).cpu().numpy().data).digest() if parts else b""
 
 
-def _summary(tensor: Tensor) -> list[Tensor]:
-    flat = tensor.reshape(-1)
-    wide = flat.float()
-    places = torch.linspace(0, max(0, len(flat) - 1), min(SAMPLES, len(flat)), device=flat.device).long()
-    return [wide.sum()[None], wide.square().sum()[None], flat[places]]
+def _summaries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1)
+        wide = flat.float()
+        places = torch.linspace(0, max(0, len(flat) - 1), min(SAMPLES, len(flat)), device=flat.device).long()
+        what = f"{name} {tuple(tensor.shape)}"
+        found |= {f"{what} sums": torch.stack([wide.sum(), wide.square().sum()]), f"{what} entries": flat[places]}
+    return found

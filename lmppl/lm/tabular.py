@@ -19,6 +19,7 @@ from lmppl.errors import ContextError, ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.machine import MachineDecoder
 from lmppl.sequences import Sequences
+from lmppl.storage import hash_tensors
 
 __all__ = ["TabularLM"]
 
@@ -269,11 +270,10 @@ class TabularLM(LanguageModel):
     @property
     def fingerprint(self) -> str:
         """As `LanguageModel.fingerprint`."""
-        digest = hashlib.sha256()
-        for tensor in (self.log_table, self.next_state, self.initial):
-            digest.update(tensor.numpy().tobytes())
-        digest.update(repr((self.vocabulary, self.eos_index, self.max_new_tokens, self.prompts)).encode())
-        return digest.hexdigest()[:16]
+        names = ("log_table", "next_state", "initial")
+        tables = hash_tensors({name: getattr(self, name) for name in names})
+        options = (self.vocabulary, self.eos_index, self.max_new_tokens, self.prompts)
+        return hashlib.sha256(repr((tables, options)).encode()).hexdigest()[:16]
 
     def bytes_per_row(self, num_tokens: int) -> int:
         """As `LanguageModel.bytes_per_row`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.hashing import hash_weights
+from lmppl.storage import tensor_bytes
 
 __all__ = ["code_digest", "content_digest"]
 
@@ -138,7 +139,7 @@ def _cells(fn: FunctionType, above: tuple[int, ...]) -> list[str]:
 def _array(value: Tensor | np.ndarray[Any, Any] | np.generic, above: tuple[int, ...]) -> tuple[Any, ...]:
     if isinstance(value, Tensor):
         dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
-        data = dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        data: bytes | memoryview = tensor_bytes(dense)
     elif value.dtype.hasobject:  # its bytes are addresses
         return (value.shape, _contents(value.tolist(), above))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from lmppl.inference.twists.learned import LearnedTwist, TwistRecord
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
 from lmppl.sequences import Cost
-from lmppl.storage import atomic_write
+from lmppl.storage import atomic_write, hash_tensors
 
 __all__ = ["load_twist", "save_twist"]
 
@@ -40,7 +39,7 @@ def save_twist(twist: LearnedTwist, path: str | Path) -> Path:
         "version": FORMAT_VERSION,
         "shape": twist.head.shape.as_dict(),
         "record": asdict(twist.record),
-        "sha256": _digest(tensors),
+        "sha256": hash_tensors(tensors),
     }
     content = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
     return atomic_write(path, lambda temporary: temporary.write_bytes(content))
@@ -88,14 +87,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header.get("version") != FORMAT_VERSION:
         got = header.get("version")
         raise StorageError(f"cannot read {path}: format version {got}, this lmppl reads {FORMAT_VERSION}")
-    if header.get("sha256") != _digest(tensors):
+    if header.get("sha256") != hash_tensors(tensors):
         raise StorageError(f"cannot read {path}: its content does not match its checksum; the file is damaged")
     return header, tensors
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(repr((name, tuple(value.shape), str(value.dtype))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.model import Model
 from lmppl.sequences import Cost
+from lmppl.storage import hash_tensors
 
 __all__ = ["LearnedState", "LearnedTwist", "TwistRecord", "require_hidden"]
 
@@ -102,11 +103,8 @@ class LearnedTwist:
     @property
     def fingerprint(self) -> str:
         """A content hash of the head and of the LM that it reads."""
-        digest = hashlib.sha256(self.record.fingerprint.encode())
-        for name, value in sorted(self.head.state_dict().items()):
-            digest.update(repr((name, tuple(value.shape))).encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        head = hash_tensors(self.head.state_dict())
+        return hashlib.sha256(f"{self.record.fingerprint}{head}".encode()).hexdigest()[:16]
 
     def unsupported_reason(self, lm: LanguageModel) -> str | None:
         """Why the twist cannot serve `lm`, in one sentence; None where it can."""
