@@ -31,6 +31,7 @@ def exchangeability(
     num_flips : int
         Random sign vectors.
     generator : torch.Generator, optional
+        Draws the signs; by default one of seed 0, so that equal data give equal p-values.
 
     Returns
     -------
@@ -49,6 +50,7 @@ def exchangeability(
     gaps = gaps[gaps != 0]
     if len(gaps) == 0:
         return 1.0
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     signs = 1.0 - 2.0 * torch.randint(2, (num_flips, len(gaps)), generator=generator).double()
     sums = (signs @ gaps).abs()
     slack = 1e-12 * float(gaps.abs().sum())
@@ -71,7 +73,7 @@ def rank_calibration(exact: Tensor, draws: Tensor, *, generator: torch.Generator
     draws : Tensor (M, n)
         h of the sampler's draws, independent of each other and of the exact ones.
     generator : torch.Generator, optional
-        Breaks ties.
+        Breaks ties; by default one of seed 0, so that equal data give equal p-values.
 
     Raises
     ------
@@ -95,6 +97,7 @@ def rank_calibration(exact: Tensor, draws: Tensor, *, generator: torch.Generator
     reference = exact.double().cpu()[:, None]
     values = draws.double().cpu()
     ties = (values == reference).sum(1)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     lottery = torch.rand(count, dtype=torch.float64, generator=generator)
     ranks = (values < reference).sum(1) + torch.minimum((lottery * (ties + 1)).floor().long(), ties)
     bins = max(2, min(n + 1, count // 5))

@@ -10,6 +10,7 @@ adaptive weighted rejection, gives an unbiased random W. Z stays unbiased for ei
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -157,12 +158,25 @@ class StepProposal(Protocol):
         ...
 
 
-class DensitySampler:
+class _Stateless:
+    """A sampler that keeps nothing from token to token."""
+
+    def append(self, tokens: Tensor) -> None:
+        pass
+
+    def select(self, index: Tensor) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+
+class DensitySampler(_Stateless, ABC):
     """A sampler whose q has next-token scores: W = π0 e^{weigh} / q. Subclasses give `scores`."""
 
+    @abstractmethod
     def scores(self, rows: StepRows) -> Tensor:
         """(L, V) unnormalised log q; a row that is all −inf has no token to give, and draws from π0 with W = 0."""
-        raise NotImplementedError
 
     def propose(self, rows: StepRows, source: Source) -> Proposed:
         scores = self.scores(rows)
@@ -181,15 +195,6 @@ class DensitySampler:
             weigh, increment = (x.masked_fill(stuck, -torch.inf) for x in (weigh, increment))
         check_given(rows, log_q, increment)
         return Proposed(tokens, increment, log_prior, weigh)
-
-    def append(self, tokens: Tensor) -> None:
-        pass
-
-    def select(self, index: Tensor) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
 
 
 def draw_free(scores: Tensor, given: Tensor | None, source: Source) -> Tensor:
@@ -229,7 +234,7 @@ class PriorProposal:
         return "PriorProposal()"
 
 
-class _PriorSampler(DensitySampler):
+class _PriorSampler(_Stateless):
     def propose(self, rows: StepRows, source: Source) -> Proposed:
         if rows.given is None:
             tokens, log_prior = source.tokens(rows.logits)
@@ -258,7 +263,7 @@ class OptimalProposal:
         return "OptimalProposal()"
 
 
-class _OptimalSampler(DensitySampler):
+class _OptimalSampler(_Stateless):
     def propose(self, rows: StepRows, source: Source) -> Proposed:
         every = rows.weigh(None)
         scores = rows.logits + every.to(rows.logits.dtype)

@@ -71,7 +71,7 @@ def check_factor(
     if factor.incremental is None:
         report.skip("the incremental form adds up to log φ", "none is given")
     else:
-        _check_incremental(report, factor, factor.incremental, sequences, values, lm, tolerance)
+        _check_incremental(report, factor.incremental, sequences, values, lm, tolerance)
     return report
 
 
@@ -158,7 +158,6 @@ def _check_automaton(report: Report, factor: Factor, rows: Sequences, values: Te
 
 def _check_incremental(
     report: Report,
-    factor: Factor,
     form: Incremental,
     rows: Sequences,
     values: Tensor,

@@ -67,3 +67,16 @@ def test_too_little_to_test_anything_is_refused() -> None:
 def test_holm_rejects_in_order() -> None:
     assert holm({"a": 0.001, "b": 0.04, "c": 0.02}) == ["a", "c", "b"]
     assert holm({"a": 0.03, "b": 0.04}) == []
+
+
+def test_without_a_generator_p_values_are_repeatable_and_leave_the_global_one_alone() -> None:
+    x = torch.randn(60, generator=generator(1)).round()
+    y, draws = torch.randn(60, generator=generator(2)).round(), torch.randn(60, 9, generator=generator(3)).round()
+    before = torch.get_rng_state()
+    found = [(exchangeability(x, y, num_flips=99), rank_calibration(x, draws)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0] == (
+        exchangeability(x, y, num_flips=99, generator=generator(0)),
+        rank_calibration(x, draws, generator=generator(0)),
+    )
+    assert torch.equal(torch.get_rng_state(), before)
