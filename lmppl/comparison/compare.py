@@ -164,6 +164,11 @@ def compare(
 def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model, num_draws: int | None) -> list[_Run]:
     if isinstance(engines, str | Engine | LanguageModel | Approximation):
         raise ModelError(f"engines: got one {type(engines).__name__}, expected a list: [{engines!r}]")
+    if len(engines) == 0:
+        raise ModelError(
+            "engines: got none, expected at least one: lmppl.compare(model, ['importance', lmppl.SMC(64)]); the prior "
+            "is the first row of every comparison by itself"
+        )
     named = engines.items() if isinstance(engines, Mapping) else ((None, e) for e in engines)
     runs: list[_Run] = []
     taken = {"prior"}

@@ -62,9 +62,15 @@ class Reference:
         Raises
         ------
         ModelError
-            Where it has no estimate of log Z, is of another declaration or other contexts, or is a heuristic: its
-            draws are no draws of π*.
+            Where it is no approximation, has no estimate of log Z, is of another declaration or other contexts, or is
+            a heuristic: its draws are no draws of π*.
         """
+        if not isinstance(approximation, Approximation):
+            engine = repr(approximation) if isinstance(approximation, str) else "lmppl.Exact()"
+            raise ModelError(
+                f"reference: got {approximation!r}, expected an approximation of the model, such as "
+                f"reference=lmppl.infer(model, {engine}); without one, compare looks for π* itself"
+            )
         if approximation.draws.prompts != model.prior.prompts:
             raise ModelError("reference: its contexts are not those of the model")
         if approximation.model is not None and approximation.model.spec_hash != model.spec_hash:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import Particles
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.guided import GuidedLM
+from lmppl.inference.refusals import first_context
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
@@ -23,6 +25,8 @@ from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Cost, Draws, Estimate, concatenate
 
 __all__ = ["Beam", "Greedy", "search"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Beam(Engine):
     Notes
     -----
     log Z: Σ γ(x) over the different outcomes found is a lower bound of Z, which holds for certain. `info`:
-    `violating_share` (C,), the share of beams with γ = 0; `searched`, the names of the factors in the score.
+    `violating_share` (C,), the share of beams with γ = 0, which a warning tells where there are any; `searched`, the
+    names of the factors in the score.
 
     References
     ----------
@@ -109,11 +114,27 @@ class Beam(Engine):
         rows = [torch.nonzero(draws.context == c).squeeze(1) for c in range(draws.num_contexts)]
         bound = torch.stack([torch.logsumexp(log_gamma[r], 0) for r in rows])
         share = torch.stack([(log_phi[r] == -math.inf).double().mean() for r in rows])
+        self._tell_violations(draws, rows, share)
         note = "Σ γ over the outcomes that were found; holds for certain"
         interval = torch.stack([bound, torch.full_like(bound, math.inf)], -1)
         estimate = Estimate(bound, interval, 1.0, "lower_bound", None, 1, note)
         info = {"violating_share": share, "searched": parts[0].info["searched"]}
         return Particles(draws, (estimate,), self.guarantee, info)
+
+    def _tell_violations(self, draws: Draws, rows: Sequence[Tensor], share: Tensor) -> None:
+        """Warn where beams have γ = 0: of a context of which all have, by the factors that no beam satisfies."""
+        found = first_context(share == 1.0)
+        if found is not None:
+            c, also = found
+            zero = {name: values[rows[c]] == -math.inf for name, values in draws.log_factors.items()}
+            names = [n for n, z in zero.items() if bool(z.all())] or [n for n, z in zero.items() if bool(z.any())]
+            log.warning(
+                "%s: γ = 0 for all that was found (%d) for context %r%s, by %s: nothing follows about log Z; steer the "
+                "search with a factor that has an incremental form, search wider (Beam), or use an engine that samples",
+                self.name, len(rows[c]), draws.prompts[c], also, ", ".join(f"factor {name!r}" for name in names),
+            )  # fmt: skip
+        elif bool((share > 0).any()):
+            log.warning("%s: %.1f %% of the beams violate a hard constraint", self.name, 100 * float(share.mean()))
 
     def _law(self, model: Model) -> tuple[LanguageModel, tuple[str, ...]]:
         """What is searched, and the names of the factors in its score."""

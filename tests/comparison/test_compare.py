@@ -93,6 +93,8 @@ def test_finished_approximations_are_rows_and_cost_what_they_cost() -> None:
         ([Exact], "expected an instance"),
         (["exakt"], "did you mean 'exact'"),
         ([3], "expected an Engine"),
+        ([], r"engines: got none, .*compare\(model, \['importance', lmppl.SMC\(64\)\]\)"),
+        ({}, "engines: got none"),
     ],
 )
 def test_wrong_arguments_raise_before_anything_runs(engines: Any, message: str) -> None:
@@ -147,11 +149,15 @@ def test_a_reference_of_ones_own_is_used_and_checked() -> None:
     weighted = compare(declared, ["importance"], infer(declared, Importance(), 100), num_draws=100)
     assert weighted["importance"]["tv"].relation == "≈"
     with pytest.raises(ModelError, match="is no approximation of π"):
-        compare(declared, [], infer(declared, BestOfN(2), 10))
+        compare(declared, ["exact"], infer(declared, BestOfN(2), 10))
     with pytest.raises(ModelError, match="contexts"):
-        compare(model(["", "a"]), [], sampled)
+        compare(model(["", "a"]), ["exact"], sampled)
     with pytest.raises(ModelError, match=r"reference: .* is of another declaration"):
-        compare(declared.without("a") * Reward(count_of("a"), beta=9, name="a"), [], sampled)
+        compare(declared.without("a") * Reward(count_of("a"), beta=9, name="a"), ["exact"], sampled)
+    with pytest.raises(ModelError, match=r"got 'exact', .*reference=lmppl.infer\(model, 'exact'\)"):
+        compare(declared, ["importance"], reference="exact")
+    with pytest.raises(ModelError, match=r"reference=lmppl.infer\(model, lmppl.Exact\(\)\)"):
+        compare(declared, ["importance"], reference=Exact())
 
 
 def test_where_nothing_is_exact_each_row_uses_its_own_log_z() -> None:

@@ -185,6 +185,24 @@ def test_equal_prefixes_are_read_once():
     assert cost.lm_tokens <= prompts + 2 * 3 * 2
 
 
+def test_a_search_that_satisfies_nothing_says_so(caplog):
+    table = [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.0, 0.0, 1.0], [0.7, 0.2, 0.1]]
+    prior = TabularLM(table, max_new_tokens=2, context=["", "a"])
+    model = prior * Constraint(has_no("a"), name="no a") * Reward(wavy)
+    result = infer(model, Greedy(), progress=False)
+    assert result.log_normalizer[0].value.tolist() == [-math.inf, -math.inf]
+    (record,) = caplog.records
+    told = "greedy: γ = 0 for all that was found (1) for context '' (and for 1 more), by factor 'no a'"
+    assert told in record.message
+    caplog.clear()
+    result = infer(model, Beam(4), progress=False)
+    assert 0 < float(result.info["violating_share"][0]) < 1
+    assert [r.message for r in caplog.records] == ["beam: 75.0 % of the beams violate a hard constraint"]
+    caplog.clear()
+    infer(prior * Reward(wavy), Beam(4), progress=False)
+    assert not caplog.records
+
+
 def test_bad_input():
     prior = enumerable_lm("tabular")
     with pytest.raises(ModelError, match="got num_beams=0"):
