@@ -160,5 +160,5 @@ def test_scoring_needs_a_quarter_of_the_memory_that_all_scores_would(name: str) 
     materialised = 4 * NUM_DRAWS * CAP * vocab
     figures = {"materialised_bytes": materialised, "peak_bytes": peak - before, "resident_before_bytes": before}
     record(f"scoring-memory-{name}", {**figures, "share": (peak - before) / materialised})
-    if name == "smollm2":  # the tiny model's whole table of scores is smaller than its activations
-        assert peak - before < materialised / 4
+    # The tiny model's whole table of scores is about as large as its activations.
+    assert peak - before < (materialised / 4 if name == "smollm2" else materialised)

@@ -1,6 +1,7 @@
 """Dynamic programming: log Z and the soft values of 50 tokens × 200 steps × a ten-state automaton within a second."""
 
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -46,5 +47,6 @@ def test_log_z_and_messages(benchmark: BenchmarkFixture, horizon: int) -> None:
     benchmark.extra_info.update(figure)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"exact_{horizon}.json").write_text(json.dumps(figure, indent=2) + "\n", encoding="utf-8")
+    assert math.isfinite(figure["log_normalizer"])
     if horizon == 200:
         assert seconds < 1.0

@@ -65,4 +65,4 @@ def test_info_of_every_engine_is_plain_for_programs(kind: type[Engine]) -> None:
     if kind().unsupported_reason(TargetForm.of(model)) is not None:
         pytest.skip(f"{kind.name} cannot run on a table with a plain reward")
     info = infer(model, kind(), 64, seed=1).info
-    json.dumps(plain_info(info), allow_nan=False)
+    assert json.loads(json.dumps(plain_info(info), allow_nan=False)).keys() == info.keys()

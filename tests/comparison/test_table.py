@@ -134,7 +134,7 @@ def test_markdown_has_every_table_and_note(table: Comparison, tmp_path: Path) ->
 
 
 def test_pandas_has_errors_as_columns(table: Comparison) -> None:
-    pytest.importorskip("pandas")
+    pytest.importorskip("pandas", reason="needs pandas: pip install 'lmppl[data]'")
     frame = table.to_pandas().set_index("label")
     assert frame.loc["exact", "log_z_error"] == 0.0
     assert frame.loc["importance", "log_z_low"] < frame.loc["importance", "log_z"]
