@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.inference.engine import Part, Request, Shard
-from lmppl.inference.guided import DecodingEngine, Guide, GuidedLM
+from lmppl.inference.guided import Guide, GuidedLM
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
+from lmppl.inference.steered_decoding import DecodingEngine
 from lmppl.inference.twists.exclusions import try_exclusions
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source

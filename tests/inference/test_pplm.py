@@ -12,7 +12,8 @@ from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.engine import Guarantee, Shard
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance, importance_log_weights
-from lmppl.inference.pplm import PPLM, PerturbedDecoder, PerturbedLM
+from lmppl.inference.perturbed_lm import PerturbedDecoder, PerturbedLM
+from lmppl.inference.pplm import PPLM
 from lmppl.inference.run import infer
 from lmppl.lm.perturbation import has_open_past, past_of, read_again, zeros_like_past
 from lmppl.lm.transformers import TransformersLM

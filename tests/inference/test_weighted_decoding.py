@@ -10,11 +10,12 @@ from lmppl.errors import FactorError, ModelError, ShapeError, StorageError, Unsu
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Guarantee, Shard
 from lmppl.inference.exact import Exact
-from lmppl.inference.guided import DecodingEngine, GuidedLM, draw_steered
+from lmppl.inference.guided import GuidedLM
 from lmppl.inference.importance import Importance, importance_log_weights
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
+from lmppl.inference.steered_decoding import DecodingEngine, draw_steered
 from lmppl.inference.twists import ExactTwist
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.lm.tabular import TabularLM
