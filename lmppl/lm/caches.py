@@ -70,6 +70,15 @@ class BufferedLayer(DynamicLayer):
         self.rows, self.start, self.end = len(keys), start, end
         self._view()
 
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether the buffers have room for as much, and can be written in place."""
+        assert self.key_buffer is not None  # asked of layers that hold something
+        return self.key_buffer.shape[0] >= rows and self.key_buffer.shape[2] >= columns and not self.tracked
+
+    def empty(self, column: int) -> None:
+        """No rows; the next column to write is `column`."""
+        self.rows, self.start, self.end = 0, column, column
+
     def get_seq_length(self) -> int:
         """Columns in sight."""
         return self.end - self.start
@@ -235,6 +244,7 @@ class CacheShelf:
     def __init__(self, num_slots: int, num_columns: int) -> None:
         self.num_slots, self.num_columns = num_slots, num_columns
         self.layers: list[tuple[Tensor, Tensor] | None] = []
+        self._idle: BufferedCache | None = None  # given back; new buffers cost a page fault for each page
 
     def put(self, cache: BufferedCache, rows: Tensor, starts: Tensor, slots: Tensor, width: int) -> None:
         """Copy `width` columns of `rows` (M,), from column `starts` (M,) of the buffers on, into `slots` (M,)."""
@@ -285,6 +295,11 @@ class CacheShelf:
     def open(self, num_rows: int, room: int) -> BufferedCache:
         """An empty cache for `join`, with room for `num_rows` rows and for `room` columns after the longest row."""
         capacity = self.num_columns + room
+        idle, self._idle = self._idle, None
+        if idle is not None and all(layer.fits(num_rows, capacity) for layer in idle.buffers):
+            for layer in idle.buffers:
+                layer.empty(self.num_columns)
+            return idle
         cache = BufferedCache(capacity)
         for shelved in self.layers:
             layer = BufferedLayer(capacity)
@@ -295,6 +310,10 @@ class CacheShelf:
                 layer.hold(fresh[0], fresh[1], self.num_columns, self.num_columns)
                 layer.rows = 0
         return cache
+
+    def close(self, cache: BufferedCache) -> None:
+        """Take back a cache of `open` that nobody reads any more."""
+        self._idle = cache
 
     def join(self, cache: BufferedCache, slots: Tensor, lengths: Tensor, room: int) -> None:
         """Put the rows in `slots` (M,), their first `lengths` (M,) tokens, after the rows of `cache`, right-aligned.

@@ -154,8 +154,10 @@ def _invert(edges: Tensor, target: Tensor) -> Tensor:
     Rounding can lift a target to the last edge, which then stands for the last index of positive mass.
     """
     index = torch.searchsorted(edges, target, right=True)
-    last = (edges < edges[:, -1:]).sum(-1, keepdim=True)
-    return torch.minimum(index, last)
+    if bool((index == edges.shape[1]).any()):
+        last = (edges < edges[:, -1:]).sum(-1, keepdim=True)
+        return torch.minimum(index, last)
+    return index
 
 
 def draw(

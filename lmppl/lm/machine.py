@@ -140,6 +140,9 @@ class MachineShelf:
         whole = torch.cat([_of_width(state.history, width), _of_width(joining.history, width)])
         return MachineRows(whole, width, torch.cat([state.lengths, joining.lengths]))
 
+    def close(self, state: MachineRows) -> None:
+        """As `RowStore.close`: there is nothing to take back."""
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """As `RowStore.copy`."""
         self.states[target] = self.states[source]

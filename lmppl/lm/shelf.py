@@ -48,6 +48,10 @@ class RowStore(Protocol):
         """The rows of `take`, after those of a state that came from `open`, which is consumed."""
         ...
 
+    def close(self, state: State) -> None:
+        """Take back a state that came from `open`, all of whose rows have ended and are put away."""
+        ...
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` (M,) over slots `target` (M,)."""
         ...

@@ -149,6 +149,10 @@ class ShelvedRows:
         joined = RowState(rows.cache, None, pads, width, bool((pads > 0).any()))
         return DecoderState(joined, torch.cat([state.context_lengths, counts]))
 
+    def close(self, state: DecoderState) -> None:
+        """As `RowStore.close`."""
+        self.cache.close(state.rows.cache)
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """As `RowStore.copy`."""
         self.cache.copy(source, target)

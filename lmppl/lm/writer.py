@@ -148,6 +148,8 @@ class Writer:
             self._state = shelf.decoder.select(self._state, on)
         else:
             self._flush()
+            if shelf.store is not None:
+                shelf.store.close(self._state)
             self._state = None
 
     def collect(self, rows: Tensor | None = None) -> Regenerated:

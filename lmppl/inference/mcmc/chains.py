@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = [
     "Kernel",
     "Proposal",
     "StepInfo",
+    "Walked",
     "eos_mask",
     "evaluated",
     "log_acceptance",
@@ -61,6 +62,13 @@ class StepInfo(NamedTuple):
     log_acceptance: Tensor
     position: Tensor
     log_phi: Tensor
+
+
+class Walked(NamedTuple):
+    """Where a step has taken B chains: their rows, and what it did."""
+
+    draws: Draws
+    info: StepInfo
 
 
 @dataclass(eq=False)
@@ -303,6 +311,15 @@ class Kernel(ABC):
         evidence: Evidence = log_evidence,
     ) -> tuple[ChainState, StepInfo]:
         """One step of every chain; leaves π0·φ^power invariant, `power` a number or (B,)."""
+
+    def walk(self, state: ChainState, source: Source, num_steps: int) -> Iterator[Walked]:
+        """`num_steps` steps of every chain at power 1, in order; the chains end where the last of them says.
+
+        A kernel may let chains go on by themselves, so that what it yields has happened earlier for some.
+        """
+        for _ in range(num_steps):
+            state, info = self.step(state, source)
+            yield Walked(state.draws, info)
 
     def select(self, state: ChainState, index: Tensor) -> ChainState:
         """Chain i becomes a copy of the former chain `index[i]` (B,), of the same context; no cache is copied."""

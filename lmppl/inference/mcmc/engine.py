@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from lmppl.diagnostics.normalizers import log_mean_weight, log_mean_weight_bound
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL, Chains
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
-from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo
+from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked
 from lmppl.inference.mcmc.kernels import Mixture, Restart
 from lmppl.inference.mcmc.starts import Start, start_draws
 from lmppl.inference.mcmc.summary import Tally, chain_figures, stuck
@@ -149,17 +149,15 @@ class MCMC(Engine):
         proposed: list[Tensor] = []
         kept: list[Draws] = []
         total = shard.warmup + shard.steps * self.thin
-        for number in range(total):
-            warming = number < shard.warmup
-            chains, info = self._advance(chains, source, memory, warming)
-            if not warming:
+        for number, (draws, info) in enumerate(self._walk(chains, source, memory, shard.warmup, total)):
+            if number >= shard.warmup:
                 tally.add(StepInfo(info.kernel, *(x[shown] for x in info[1:])))
                 if (number - shard.warmup + 1) % self.thin == 0:
-                    kept.append(self._kept(chains.draws.select(shown), step + len(kept), shard.id))
+                    kept.append(self._kept(draws.select(shown), step + len(kept), shard.id))
             proposed += _prior_evidence(self.kernel, info)
             target.report((number + 1) / total, _figures(number, shard, info))
         part = {
-            "state": {**_plain(chains.draws), **memory, "step": step + len(kept), "starts": distinct},
+            "state": {**_plain(draws), **memory, "step": step + len(kept), "starts": distinct},
             "tally": tally.counts,
             "log_phi": torch.stack(proposed) if proposed else torch.zeros(0, len(context), dtype=torch.float64),
             "log_upper": target.form.log_upper,
@@ -183,11 +181,11 @@ class MCMC(Engine):
         """λ of all `count` rows."""
         return 1.0
 
-    def _advance(
-        self, chains: ChainState, source: Source, memory: dict[str, Any], warming: bool
-    ) -> tuple[ChainState, StepInfo]:
-        """One step of all rows."""
-        return self.kernel.step(chains, source)
+    def _walk(
+        self, chains: ChainState, source: Source, memory: dict[str, Any], warmup: int, total: int
+    ) -> Iterator[Walked]:
+        """`total` steps of all rows, of which the first `warmup` are not kept."""
+        return self.kernel.walk(chains, source, total)
 
     def merge(self, parts: Sequence[Part]) -> Chains:
         draws = concatenate([p.draws for p in parts])

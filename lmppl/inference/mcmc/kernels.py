@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -11,7 +13,16 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import Approximation
-from lmppl.inference.mcmc.chains import ChainState, Evidence, Kernel, Proposal, StepInfo, metropolis_hastings
+from lmppl.inference.mcmc.chains import (
+    ChainState,
+    Evidence,
+    Kernel,
+    Proposal,
+    StepInfo,
+    Walked,
+    metropolis_hastings,
+)
+from lmppl.inference.mcmc.rolling import rolled
 from lmppl.inference.proposals import as_proposal
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
@@ -212,6 +223,21 @@ class SuffixResample(Regenerating):
         proposal = _regenerated(state, lm, rows, keep, source, self)
         return metropolis_hastings(self.name, state, proposal, source, power, evidence)
 
+    def walk(self, state: ChainState, source: Source, num_steps: int) -> Iterator[Walked]:
+        """As `Kernel.walk`; with the index law "length" of the prior's own suffixes, no chain waits for another."""
+        lm = self.lm(state.target)
+        own = lm is state.target.prior and self.index == "length" and self.ratio == "conditioned"
+        if not own or state.shelf(lm).store is None:
+            yield from super().walk(state, source, num_steps)
+            return
+        every = torch.arange(len(state))
+        shelf = state.caught_up(lm, every, state.draws.lengths)
+
+        def positions(lengths: Tensor) -> Tensor:
+            return source.integers(-(-lengths // self.block)) * self.block
+
+        yield from rolled(self.name, state, shelf, source, num_steps, positions, partial(_own_proposal, kernel=self))
+
 
 def _entropies(shelf: Shelf, slots: Tensor, lengths: Tensor) -> Tensor:
     return shelf.entropies(slots, lengths.to(slots.device)).cpu()
@@ -234,6 +260,8 @@ def _regenerated(
     old_q = None if simple else shelf.log_probs(there, lengths.to(device)).cpu()
     old_slots = shelf.slot[there]
     new = shelf.regenerate(there, kept, draws.ids[rows], source)
+    if simple:
+        return _own_proposal(state, shelf, rows, keep, new, kernel)
     pending = [(shelf, new.pending)]
     new_q = shelf.pending_log_probs(new.pending).cpu()
     if own:
@@ -248,32 +276,39 @@ def _regenerated(
         new_prior = ground.pending_log_probs(scored).cpu()
         pending.append((ground, scored))
     ids, new_lengths = new.ids.cpu(), new.lengths.cpu()
-    if simple and kernel is None:
-        ratio = torch.zeros(len(rows), dtype=torch.float64)
-    elif simple:
-        assert kernel is not None
-        horizon = state.target.form.horizon
-        laws = [kernel.log_index_law(n, horizon).gather(1, keep[:, None])[:, 0] for n in (lengths, new_lengths)]
-        ratio = laws[1] - laws[0]
-    else:
-        assert old_q is not None
-        assert old_prior is not None
-        entropies: list[Tensor | None] = [None, None]
-        if kernel is not None and kernel.index == "entropy":
-            entropies = [_entropies(shelf, old_slots, lengths), _entropies(shelf, new.pending.slots, new_lengths)]
-        horizon = state.target.form.horizon
-        log_index = [torch.zeros(len(rows), horizon, dtype=torch.float64)] * 2
-        if kernel is not None:
-            log_index = [
-                kernel.log_index_law(n, horizon, e) for n, e in zip((lengths, new_lengths), entropies, strict=True)
-            ]
-        before = Scores(draws.ids[rows], lengths, old_prior, old_q, log_index[0])
-        after = Scores(ids, new_lengths, new_prior, new_q, log_index[1])
-        form = conditioned_log_ratio if kernel is None else kernel.log_ratio
-        ratio = form(before, after, keep)
+    assert old_q is not None
+    assert old_prior is not None
+    entropies: list[Tensor | None] = [None, None]
+    if kernel is not None and kernel.index == "entropy":
+        entropies = [_entropies(shelf, old_slots, lengths), _entropies(shelf, new.pending.slots, new_lengths)]
+    horizon = state.target.form.horizon
+    log_index = [torch.zeros(len(rows), horizon, dtype=torch.float64)] * 2
+    if kernel is not None:
+        log_index = [
+            kernel.log_index_law(n, horizon, e) for n, e in zip((lengths, new_lengths), entropies, strict=True)
+        ]
+    before = Scores(draws.ids[rows], lengths, old_prior, old_q, log_index[0])
+    after = Scores(ids, new_lengths, new_prior, new_q, log_index[1])
+    form = conditioned_log_ratio if kernel is None else kernel.log_ratio
+    ratio = form(before, after, keep)
     log_prior = new_prior.sum(1)
     ratio = torch.where(log_prior > -torch.inf, ratio, -torch.inf)
     return Proposal(rows, ids, new_lengths, new.finished.cpu(), keep, log_prior, ratio, tuple(pending))
+
+
+def _own_proposal(
+    state: ChainState, shelf: Shelf, rows: Tensor, keep: Tensor, new: Regenerated, kernel: SuffixResample | None
+) -> Proposal:
+    """What π0 itself has written: its density cancels, and the law of positions, known from |x|, is left."""
+    lengths, horizon = new.lengths.cpu(), state.target.form.horizon
+    log_prior = shelf.pending_log_probs(new.pending).cpu().sum(1)
+    ratio = torch.zeros(len(rows), dtype=torch.float64)
+    if kernel is not None:
+        both = (state.draws.lengths[rows], lengths)
+        laws = [kernel.log_index_law(n, horizon).gather(1, keep[:, None])[:, 0] for n in both]
+        ratio = laws[1] - laws[0]
+    ratio = torch.where(log_prior > -torch.inf, ratio, -torch.inf)
+    return Proposal(rows, new.ids.cpu(), lengths, new.finished.cpu(), keep, log_prior, ratio, ((shelf, new.pending),))
 
 
 def _check_outcomes(state: ChainState, rows: Tensor, new: Regenerated) -> None:

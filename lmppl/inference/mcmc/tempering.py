@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import Chains
 from lmppl.inference.engine import Engine, Part
-from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, tempered
+from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked, tempered
 from lmppl.inference.mcmc.engine import MCMC
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, TargetForm, log_evidence
@@ -158,9 +158,17 @@ class Tempered(MCMC):
         ladder: Tensor = memory["ladder"]
         return ladder.repeat(count // len(ladder))
 
+    def _walk(
+        self, chains: ChainState, source: Source, memory: dict[str, Any], warmup: int, total: int
+    ) -> Iterator[Walked]:
+        for number in range(total):
+            chains, info = self._advance(chains, source, memory, number < warmup)
+            yield Walked(chains.draws, info)
+
     def _advance(
         self, chains: ChainState, source: Source, memory: dict[str, Any], warming: bool
     ) -> tuple[ChainState, StepInfo]:
+        """One step of all replicas, and their swaps."""
         count = len(chains)
         powers, size = self._powers(memory, count), self._replicas
         chains, info = self.kernel.step(chains, source, powers)
