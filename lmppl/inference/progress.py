@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lmppl.inference.engine import Engine, Part, Request, Shard
 
-__all__ = ["Bar", "finished_share", "progress_bar"]
+__all__ = ["Bar", "finished_share", "in_a_row", "progress_bar", "rich_progress"]
 
 STEPS = 1000  # resolution of the bar
 REFRESH = 0.1  # seconds between two looks into one shard
@@ -70,9 +70,8 @@ class RichBar(Bar):
         self._show(min(1.0, before + part), {**figures, "tokens/s": tokens})
 
     def _show(self, share: float | None, figures: Mapping[str, str]) -> None:
-        shown = " · ".join(f"{name} {value}" for name, value in figures.items())
         total = None if share is None else STEPS
-        self.bar.update(self.task, total=total, completed=STEPS * (share or 0.0), figures=shown)
+        self.bar.update(self.task, total=total, completed=STEPS * (share or 0.0), figures=in_a_row(figures))
 
 
 @contextmanager
@@ -93,8 +92,21 @@ def progress_bar(engine: Engine, request: Request, show: bool | None = None) -> 
     Bar
         To be told after each shard, and within one.
     """
+    with rich_progress(show) as bar:
+        yield Bar() if bar is None else RichBar(engine, request, bar)
+
+
+@contextmanager
+def rich_progress(show: bool | None = None) -> Iterator[Progress | None]:
+    """Bars on stderr, of tasks with a field `figures`, that disappear at the end; None where nobody watches.
+
+    Parameters
+    ----------
+    show : bool, optional
+        None shows bars where stderr is a terminal.
+    """
     if not (sys.stderr.isatty() if show is None else show):
-        yield Bar()
+        yield None
         return
 
     from rich.console import Console
@@ -110,7 +122,12 @@ def progress_bar(engine: Engine, request: Request, show: bool | None = None) -> 
     console = Console(stderr=True)
     shared = sys.stdout is sys.stderr  # the command line sends what user functions print there: above the bar, then
     with Progress(*columns, console=console, transient=True, redirect_stdout=shared, refresh_per_second=4) as bar:
-        yield RichBar(engine, request, bar)
+        yield bar
+
+
+def in_a_row(figures: Mapping[str, str]) -> str:
+    """Figures as a bar shows them."""
+    return " · ".join(f"{name} {value}" for name, value in figures.items())
 
 
 def finished_share(engine: Engine, request: Request, parts: Sequence[Part]) -> float | None:
