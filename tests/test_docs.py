@@ -30,6 +30,7 @@ from lmppl import errors
 from lmppl.cli import app
 from lmppl.inference.citations import bibtex
 from lmppl.modeling import evidence
+from lmppl.modeling.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -169,6 +170,14 @@ def test_the_engines_and_their_guarantees_are_those_of_the_code(page: Path) -> N
     rows = table_rows(page, "engine", "guarantee")
     assert {code_of(row["engine"]): row["guarantee"] for row in rows} == guarantees()
     assert [code_of(row["engine"]) for row in rows] == [kind.__name__ for kind in lmppl.ENGINES]
+
+
+def test_the_readme_says_which_engines_take_estimated_factors() -> None:
+    estimated = lmppl.Reward(lambda texts: [0.0] * len(texts), name="estimated", stochastic=True)
+    form = Target(lmppl.TabularLM.random(2, 2, order=1, seed=0) * estimated).form
+    takers = [kind.__name__ for kind in lmppl.ENGINES if kind().unsupported_reason(form) is None]
+    named = " and ".join(f"`{name}`" for name in takers)
+    assert f"(`stochastic=True`) are for {named}; the others refuse them." in README.read_text(encoding="utf-8")
 
 
 def test_the_arguments_of_engines_are_those_of_the_code() -> None:

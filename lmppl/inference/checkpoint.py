@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -173,6 +174,8 @@ def engine_identity(engine: Any) -> Any:
     if dataclasses.is_dataclass(engine) and not isinstance(engine, type) and not hasattr(engine, "draws"):
         fields = {f.name: engine_identity(getattr(engine, f.name)) for f in dataclasses.fields(engine) if f.init}
         return {"type": f"{type(engine).__module__}.{type(engine).__qualname__}", **fields}
+    if isinstance(engine, re.Pattern):
+        return repr(engine)
     if isinstance(engine, FunctionType | MethodType):
         return f"function {content_digest(engine)}"
     raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -72,9 +73,10 @@ class SMC(Engine):
         otherwise.
     num_sweeps : int
         Sweeps where `infer` is not told a number of draws; of n draws it makes ⌈n/N⌉ sweeps.
-    every : int or {"word", "sentence"}
+    every : int, {"word", "sentence"}, or compiled pattern
         Resample (if ESS is low) after so many tokens, or when each row has come to the end of its next word or
-        sentence. Rows that are there wait for the others, and are read anew, prefix and all, when they go on.
+        sentence, or to the next match of the pattern in its text. Rows that are there wait for the others, and are read
+        anew, prefix and all, when they go on.
 
     Raises
     ------
@@ -107,7 +109,7 @@ class SMC(Engine):
     twist: Incremental | None = field(default=None, repr=False, kw_only=True)
     proposal: LanguageModel | Approximation | StepProposal | str | None = field(default=None, repr=False, kw_only=True)
     num_sweeps: int = field(default=8, kw_only=True)
-    every: int | str = field(default=1, kw_only=True)
+    every: int | str | re.Pattern[str] = field(default=1, kw_only=True)
 
     name: ClassVar[str] = "smc"
     guarantee: ClassVar[Guarantee] = Guarantee.CONSISTENT
@@ -143,11 +145,12 @@ class SMC(Engine):
             raise ModelError(
                 f"SMC: no resampling is called {self.resampling!r}{hint}; there are {', '.join(RESAMPLING)}"
             )
-        good = self.every in BOUNDARIES if isinstance(self.every, str) else self.every >= 1
+        every = self.every
+        good = every in BOUNDARIES if isinstance(every, str) else isinstance(every, re.Pattern) or every >= 1
         if not good:
             raise ModelError(
-                f"SMC: got every={self.every!r}, expected a number of tokens of at least 1, or one of "
-                f"{', '.join(map(repr, BOUNDARIES))}"
+                f"SMC: got every={every!r}, expected a number of tokens of at least 1, one of "
+                f"{', '.join(map(repr, BOUNDARIES))}, or a compiled pattern such as re.compile(',')"
             )
         refuse = getattr(self.twist, "unsupported_reason", None)  # a learned twist belongs to one LM
         reason = None if refuse is None else refuse(target.prior)

@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
     num_particles: int
     ess_threshold: float
     resampling: str
-    every: int | str
+    every: int | str | re.Pattern[str]
 
 
 class Retained(NamedTuple):
@@ -210,7 +210,7 @@ class Sweep:
                 if len(frontier.live):
                     self._step()
         else:
-            self._round_to_boundary(BOUNDARIES[every])
+            self._round_to_boundary(BOUNDARIES[every] if isinstance(every, str) else every)
 
     def _round_to_boundary(self, boundary: re.Pattern[str]) -> None:
         frontier = self.frontier

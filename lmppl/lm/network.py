@@ -74,9 +74,8 @@ class Network:
         self.body: Any = self.model.get_decoder()
         self.modules = list(model.modules())
         # The class's own signature: an instance may be wrapped by hooks that take anything.
-        self._takes_positions = {
-            id(module): "position_ids" in inspect.signature(type(module).forward).parameters
-            for module in (self.model, self.body)
+        self._takes = {
+            id(module): inspect.signature(type(module).forward).parameters.keys() for module in (self.model, self.body)
         }
         first = next(model.parameters())
         self.device, self.network_dtype = first.device, first.dtype
@@ -109,11 +108,12 @@ class Network:
         """Hidden states (B, k, H) of `tokens` (B, k), or logits (B, k, V) where the model cannot be split."""
         module = self.body if split else self.model
         arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
+        takes = self._takes[id(module)]
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments["cache" if "cache" in takes else "past_key_values"] = cache  # from transformers 5.24 on
         if mask is not None:
             arguments["attention_mask"] = mask
-            if self._takes_positions[id(module)]:
+            if "position_ids" in takes:
                 arguments["position_ids"] = positions
         with self._evaluating():
             output = module(**arguments)

@@ -1,6 +1,7 @@
 """SMC by its exact law: every outcome of whole sweeps with two particles, on models that brute force can sum."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -91,7 +92,7 @@ def test_three_tokens_with_resampling_by_ess(scheme):
     check(small_model("tabular", True, horizon=3), engine("tabular", scheme, horizon=3, ess_threshold=0.8))
 
 
-@pytest.mark.parametrize(("every", "mark"), [(2, "b"), ("word", " "), ("sentence", ".")])
+@pytest.mark.parametrize(("every", "mark"), [(2, "b"), ("word", " "), ("sentence", "."), (re.compile("a"), "b")])
 def test_rounds_of_several_tokens(every, mark):
     """Rows wait for each other at boundaries, with an arbitrary twist and with a factor's form."""
     table = TabularLM.random(3, 3, order=2, seed=1).log_table.exp().view(4, 4, 3)
