@@ -18,7 +18,8 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Automaton, Constraint, Reward
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
-from lmppl.modeling.evidence.prefixes import PROBES, PrefixReader, held_back
+from lmppl.modeling.evidence.prefix_reader import PrefixReader, held_back
+from lmppl.modeling.evidence.prefixes import PROBES
 from lmppl.modeling.factors import Factor
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target

@@ -14,7 +14,8 @@ from lmppl.errors import ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.declared_functions import function_name, qualified_name, to_feature
 from lmppl.modeling.evidence.automata import Automaton
-from lmppl.modeling.evidence.prefixes import LogFactor, automaton_form, prefix_closed_form
+from lmppl.modeling.evidence.prefix_reader import LogFactor
+from lmppl.modeling.evidence.prefixes import automaton_form, prefix_closed_form
 from lmppl.modeling.evidence.reward import applied, single_column
 from lmppl.modeling.factors import Factor, Feature, FeatureInput
 from lmppl.modeling.user_functions import RowError
