@@ -24,6 +24,7 @@ from lmppl.sequences import Cost, Draws
 
 if TYPE_CHECKING:
     from lmppl.inference.approximation import Approximation
+    from lmppl.lm.base import LanguageModel
 
 __all__ = [
     "Budget",
@@ -134,13 +135,15 @@ class Shard:
 class Part:
     """The result of one shard: its draws, what it cost, and what the engine needs to merge it.
 
-    `info` holds plain data and tensors, so that a part can be stored.
+    `info` holds plain data and tensors, so that a part can be stored. `law`, π* itself, is there where the engine
+    computes it; it is not stored, but made again by `Engine.restored`.
     """
 
     shard: Shard
     draws: Draws
     cost: Cost = field(default_factory=Cost)
     info: Mapping[str, Any] = field(default_factory=dict)
+    law: LanguageModel | None = None
 
 
 def shard_generator(shard: Shard) -> torch.Generator:
@@ -223,6 +226,10 @@ class Engine(ABC):
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """Compute one shard with the choices of `source`; what an engine gives whose choices can be enumerated."""
         raise NotImplementedError(f"{type(self).__name__} defines neither run_shard nor simulate")
+
+    def restored(self, target: Target, part: Part) -> Part:
+        """A part that was read from a checkpoint, with what is not stored there made again."""
+        return part
 
     @abstractmethod
     def merge(self, parts: Sequence[Part]) -> Approximation:

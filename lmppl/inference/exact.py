@@ -25,7 +25,7 @@ from lmppl.lm.decoding import draw
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.target import Target, TargetForm, log_evidence
-from lmppl.sequences import Draws, Estimate, concatenate
+from lmppl.sequences import Cost, Draws, Estimate, concatenate
 
 __all__ = ["Exact"]
 
@@ -119,21 +119,29 @@ class Exact(Engine):
             law = _law_of_machine(target)
             setup = replace(target.cost - before, seconds=time.perf_counter() - start)
             draws = _drawn(target, law, shard)
-        return Part(shard, draws, info={"law": law, "setup": setup})
+        return Part(shard, draws, info={"setup": setup.as_dict()}, law=law)
+
+    def restored(self, target: Target, part: Part) -> Part:
+        """As `Engine.restored`: the law comes from the table, or from the automata, without the LM."""
+        if self.route(target.form) == "enumeration":
+            assert part.draws.log_weight is not None
+            return replace(part, law=_law_of_table(target, part.draws, part.draws.log_weight))
+        return replace(part, law=_law_of_machine(target))
 
     def merge(self, parts: Sequence[Part]) -> ExactTable:
         """As `Engine.merge`."""
         (part,) = parts
-        law = part.info["law"]
+        law = part.law
+        assert isinstance(law, PrefixTreeLM | AutomatonLM)
         enumerated = isinstance(law, PrefixTreeLM)
         log_z: Tensor = law.log_normalizer
         estimate = Estimate(log_z, torch.stack([log_z, log_z], -1), 1.0, "exact", torch.zeros_like(log_z))
         info: dict[str, Any] = {"route": "enumeration" if enumerated else "dynamic programming"}
-        if enumerated:
+        if isinstance(law, PrefixTreeLM):
             info["outcomes"] = torch.bincount(part.draws.context, minlength=len(log_z))
         else:
             info["product_states"] = law.num_states
-        setup = part.info["setup"]
+        setup = Cost(**part.info["setup"])
         return ExactTable(part.draws, (estimate,), self.guarantee, info, setup=setup, law=law, enumerated=enumerated)
 
     def _table(self, target: Target, contexts: Sequence[int]) -> tuple[Draws, Tensor]:

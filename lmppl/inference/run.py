@@ -259,9 +259,10 @@ class _Run:
     def _stored(self, shard: Shard) -> Part | None:
         """The part of a shard that an earlier run has finished; its cost counts here too."""
         part = None if self.checkpoint is None else self.checkpoint.load(shard)
-        if part is not None:
-            self.target.cost.add(part.cost)
-        return part
+        if part is None:
+            return None
+        self.target.cost.add(part.cost)
+        return self.engine.restored(self.target, part)
 
 
 def _finish(run: _Run) -> Approximation:

@@ -13,7 +13,9 @@ __all__ = ["hash_tensors", "tensor_bytes"]
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The entries of a dense tensor in row-major order, on whatever device and in whatever strides they lie."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = tensor.detach().cpu().contiguous()
+    # A dimension of one entry may keep any stride, also in a contiguous tensor, and `view` would refuse it.
+    flat = dense.as_strided((dense.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
 
 

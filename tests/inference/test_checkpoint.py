@@ -23,6 +23,7 @@ from lmppl.inference import (
     BestOfN,
     Budget,
     Engine,
+    ExactTable,
     Importance,
     Part,
     QuasiRejection,
@@ -35,7 +36,10 @@ from lmppl.inference.checkpoint import engine_identity
 from lmppl.inference.mcmc import Tempered
 from lmppl.inference.twists import ExactTwist
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.automata import Automaton
+from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
+from lmppl.modeling.factors import Factor
 from lmppl.modeling.model import Model
 from lmppl.storage import pack, unpack
 from tests.inference.whole_runs import same_run
@@ -112,6 +116,31 @@ def test_a_finished_run_is_read_and_not_computed(tmp_path: Path) -> None:
     again = infer(declared, Importance(), 500, checkpoint=tmp_path)
     assert not calls
     assert same_run(first, again)
+
+
+@pytest.mark.parametrize("context", ["", ["", "a"]], ids=["one", "two"])
+@pytest.mark.parametrize("engine", [None, Splitting(8), MCMC(4, 2, warmup=2), SMC(8)], ids=str)
+def test_runs_of_one_context_and_of_several_are_kept(engine: Engine | None, context, tmp_path: Path) -> None:
+    declared = TabularLM.random(3, 3, seed=0, context=context) * Reward(wavy, beta=0.5, upper=1.0)
+    first = infer(declared, engine, 16, checkpoint=tmp_path)
+    again = infer(declared, engine, 16, checkpoint=tmp_path)
+    assert same_run(first, again)
+
+
+@pytest.mark.parametrize("evidence", [Reward(wavy, beta=0.5), Constraint(Automaton.containing("a"))], ids=str)
+def test_a_table_of_the_posterior_is_kept_and_its_law_made_again(evidence: Factor, tmp_path: Path) -> None:
+    declared = TabularLM.random(3, 3, seed=0, context=["", "a"]) * evidence
+    first = infer(declared, "exact", 50, checkpoint=tmp_path)
+    read = infer(declared, "exact", 50, checkpoint=tmp_path)
+    assert len(list(tmp_path.glob("part-*"))) == 1
+    assert same_run(first, read)
+    assert isinstance(first, ExactTable)
+    assert isinstance(read, ExactTable)
+    assert read.as_language_model().fingerprint == first.as_language_model().fingerprint
+    assert torch.equal(read.log_prob(first.draws), first.log_prob(first.draws))
+    assert read.info.keys() == first.info.keys()
+    assert read.setup == first.setup
+    assert read.cost.lm_tokens == first.cost.lm_tokens
 
 
 def test_a_budget_can_be_raised(tmp_path: Path) -> None:
