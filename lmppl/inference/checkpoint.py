@@ -21,8 +21,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lmppl.errors import ModelError, StorageError
+from lmppl.errors import ModelError, StorageError, UnsupportedModel
+from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Engine, Part, Shard
+from lmppl.lm.base import LanguageModel
 from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
@@ -147,7 +149,8 @@ def engine_identity(engine: Any) -> Any:
     """An engine (or another configuration) as plain data: equal exactly where it would compute the same.
 
     Fields that are language models or twists count by their `fingerprint`, tensors, draws and functions by their
-    content (see `lmppl.modeling.function_contents`).
+    content (see `lmppl.modeling.function_contents`), approximations by their draws and, where they are one, their
+    language model.
 
     Raises
     ------
@@ -160,6 +163,9 @@ def engine_identity(engine: Any) -> Any:
         return f"tensor {hash_tensors({'': engine})[:16]}"
     if isinstance(engine, Sequences):
         columns = {name: getattr(engine, name) for name in SEQUENCES}
+        log_weight = getattr(engine, "log_weight", None)
+        if log_weight is not None:
+            columns["log_weight"] = log_weight
         return f"sequences {hash_tensors(columns)[:16]}"
     fingerprint = getattr(engine, "fingerprint", None)
     if isinstance(fingerprint, str):
@@ -168,10 +174,10 @@ def engine_identity(engine: Any) -> Any:
         return {str(key): engine_identity(value) for key, value in engine.items()}
     if isinstance(engine, list | tuple):
         return [engine_identity(value) for value in engine]
-    law = getattr(engine, "law", None)  # an exact table stands for its law
-    if law is not None:
-        return engine_identity(law)
-    if dataclasses.is_dataclass(engine) and not isinstance(engine, type) and not hasattr(engine, "draws"):
+    if isinstance(engine, Approximation):
+        law = _law(engine)
+        return {"draws": engine_identity(engine.draws)} | ({} if law is None else {"law": engine_identity(law)})
+    if dataclasses.is_dataclass(engine) and not isinstance(engine, type):
         fields = {f.name: engine_identity(getattr(engine, f.name)) for f in dataclasses.fields(engine) if f.init}
         return {"type": f"{type(engine).__module__}.{type(engine).__qualname__}", **fields}
     if isinstance(engine, re.Pattern):
@@ -182,6 +188,13 @@ def engine_identity(engine: Any) -> Any:
         f"checkpoint: {type(engine).__name__} has no fingerprint, so that a run with it cannot be recognised again; "
         "give it a `fingerprint` (a string that changes with its content), or run without a checkpoint"
     )
+
+
+def _law(approximation: Approximation) -> LanguageModel | None:
+    try:
+        return approximation.as_language_model()
+    except UnsupportedModel:
+        return None
 
 
 def model_identity(model: Model) -> dict[str, Any]:

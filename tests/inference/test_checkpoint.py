@@ -23,6 +23,7 @@ from lmppl.inference import (
     BestOfN,
     Budget,
     Engine,
+    Exact,
     ExactTable,
     Importance,
     Part,
@@ -30,6 +31,7 @@ from lmppl.inference import (
     Rejection,
     Splitting,
     TemperedSMC,
+    WeightedDecoding,
     infer,
 )
 from lmppl.inference.checkpoint import engine_identity
@@ -42,7 +44,7 @@ from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Factor
 from lmppl.modeling.model import Model
 from lmppl.storage import pack, unpack
-from tests.inference.whole_runs import same_run
+from tests.inference.whole_runs import check_that_a_stopped_run_goes_on, same_run
 from tests.models import enumerable_lm, wavy
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -231,6 +233,28 @@ def test_a_configuration_without_a_fingerprint_cannot_be_recognised() -> None:
     assert engine_identity(torch.ones(2)) != engine_identity(torch.zeros(2))
     with pytest.raises(ModelError, match="object has no fingerprint"):
         engine_identity({"twist": object()})
+
+
+def test_approximations_are_recognised_by_their_draws_and_their_law() -> None:
+    def run(engine: Engine, seed: int = 0):
+        return infer(model(), engine, 50, seed=seed)
+
+    particles, guided = Importance(), WeightedDecoding(ExactTwist.of(model()))
+    for engine in (particles, guided, Exact()):
+        assert engine_identity(run(engine)) == engine_identity(run(engine))
+    assert engine_identity(run(particles)) != engine_identity(run(particles, 1))
+    other = WeightedDecoding(ExactTwist.of(model()), strength=0.5)
+    assert engine_identity(run(guided))["law"] != engine_identity(run(other))["law"]
+    draws = run(particles).draws
+    assert engine_identity(draws) != engine_identity(draws.with_columns(log_weight=None))
+
+
+@pytest.mark.parametrize("engine", [
+    lambda: SMC(16, proposal=infer(model(), WeightedDecoding(ExactTwist.of(model())), 20)),
+    lambda: MCMC(4, warmup=2, start=infer(model(), Importance(), 50)),
+], ids=["proposal", "start"])  # fmt: skip
+def test_runs_with_an_approximation_go_on(engine, tmp_path: Path) -> None:
+    check_that_a_stopped_run_goes_on(model(), engine(), 4 * 32 * 3, tmp_path)
 
 
 def test_plain_data_comes_back_as_it_was() -> None:
