@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lmppl.diagnostics.normalizers import log_mean_weight, stack
 from lmppl.errors import ModelError
-from lmppl.inference.annealed import Annealed, check_ladder
+from lmppl.inference.annealed import Annealed
 from lmppl.inference.annealed_sweep import AnnealingSchedule
+from lmppl.inference.annealing_ladder import check_ladder
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.engine import Guarantee, Part, Shard
 from lmppl.inference.mcmc import Kernel, Mixture

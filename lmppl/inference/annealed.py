@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.diagnostics.weights import KHAT_LIMIT, pareto_khat
-from lmppl.errors import ModelError
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealingSchedule
 from lmppl.inference.approximation import LEVEL, Particles
 from lmppl.inference.engine import Part, Shard
@@ -24,7 +22,7 @@ from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target
 from lmppl.sequences import Estimate
 
-__all__ = ["Annealed", "AnnealingShard", "check_ladder"]
+__all__ = ["Annealed", "AnnealingShard"]
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,6 @@ class Annealed(PilotedSweeps):
             "is in force as soon as λ > 0, so use more particles, an engine that steers (SMC), or Splitting with a "
             "graded score of it"
         )
-
-
-def check_ladder(who: str, ladder: tuple[float, ...]) -> None:
-    """Raise `ModelError` where a ladder that is given does not rise from 0 to 1."""
-    numbers = all(isinstance(step, int | float) for step in ladder)
-    rising = numbers and all(a < b for a, b in itertools.pairwise(ladder))
-    if not rising or len(ladder) < 2 or ladder[0] != 0.0 or ladder[-1] != 1.0:
-        raise ModelError(f"{who}: got ladder={ladder}, expected rising numbers from 0.0 to 1.0")
 
 
 def _mean_history(histories: Sequence[Tensor]) -> Tensor:

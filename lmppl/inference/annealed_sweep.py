@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
+from lmppl.inference.annealing_ladder import next_level
 from lmppl.inference.mcmc.chains import ChainState, Kernel
+from lmppl.inference.moved_rows import MoveCount, bare, overwrite
 from lmppl.inference.proposals import check_bounds, draw_from
 from lmppl.inference.resampling import effective_sizes, resample, resample_conditionally, resample_to
 from lmppl.lm.randomness import Source
@@ -26,12 +28,9 @@ __all__ = [
     "AnnealedSweepResult",
     "AnnealingSchedule",
     "backward_path",
-    "conditional_ess",
-    "next_level",
 ]
 
 MAX_TEMPERATURES = 500
-HALVINGS = 60  # of [λ, 1], to find the next λ: beyond the precision of a float
 
 
 class AnnealingSchedule(NamedTuple):
@@ -90,44 +89,6 @@ class AnnealedSweepResult(NamedTuple):
     ladder: tuple[float, ...]
     slots: Tensor | None
     info: dict[str, Any]
-
-
-def conditional_ess(log_weights: Tensor, increments: Tensor) -> Tensor:
-    """(G,) (Σ W u)²/Σ W u² in (0, 1], of log increments log u (G, N), W the weights of the living, which sum to 1.
-
-    1 where all living particles have one increment; nan where nothing lives (`zhou2016`).
-    """
-    living = (log_weights > -math.inf) & (increments > -math.inf)
-    log_w = log_weights.masked_fill(~living, -math.inf)
-    log_w = log_w - torch.logsumexp(log_w, -1, keepdim=True)
-    log_u = increments.masked_fill(~living, 0.0)
-    return torch.exp(2.0 * torch.logsumexp(log_w + log_u, -1) - torch.logsumexp(log_w + 2.0 * log_u, -1))
-
-
-def next_level(log_weights: Tensor, log_phi: Tensor, level: float, ess_target: float) -> float:
-    """The largest λ in (`level`, 1] at which every group's conditional ESS is at least `ess_target`, by bisection.
-
-    Parameters
-    ----------
-    log_weights, log_phi : Tensor (G, N)
-        Weights so far, and log φ, in nats.
-    level : float
-        The present λ.
-    ess_target : float
-        In (0, 1).
-    """
-
-    def enough(new: float) -> bool:
-        share = conditional_ess(log_weights, (new - level) * log_phi)
-        return bool(((share >= ess_target) | share.isnan()).all())
-
-    if enough(1.0):
-        return 1.0
-    low, high = level, 1.0
-    for _ in range(HALVINGS):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return low if low > level else high
 
 
 def backward_path(
@@ -223,16 +184,16 @@ class AnnealedSweep:
             self.slots = self.source.integers(torch.full((self.groups,), self.count))
             fresh = torch.ones(len(context), dtype=torch.bool)
             fresh[self.first + self.slots] = False
-            retained = _bare(self.target, self.path[0])
+            retained = bare(self.target, self.path[0])
             parts = [retained]
             if bool(fresh.any()):
                 drawn = draw_from(self.target.prior, context[fresh], self.source, cost=self.target.cost)
-                parts.append(_bare(self.target, drawn))
+                parts.append(bare(self.target, drawn))
             index = torch.empty(len(context), dtype=torch.int64)
             index[~fresh] = torch.arange(self.groups)
             index[fresh] = self.groups + torch.arange(len(context) - self.groups)
             draws = concatenate(parts, pad_id=self.target.prior.pad_id).select(index)
-        draws = _bare(self.target, draws)
+        draws = bare(self.target, draws)
         check_bounds(draws, self.target.factors)
         context_group = torch.arange(len(context)) // self.count
         for k, factor in enumerate(self.target.factors):
@@ -294,25 +255,21 @@ class AnnealedSweep:
             if self.slots is not None:
                 moves[self.first + self.slots] = False
             self.moving = torch.nonzero(moves).squeeze(1)
-        accepted, proposed = torch.zeros(2, self.groups, dtype=torch.float64)
+        count = MoveCount(self.groups)
         if len(self.moving):
             if self.state is None:
                 self.state = self.schedule.kernels[0].start(self.target, self.draws.select(self.moving), power=level)
-            self.state = self._stepped(self.state, level, self.moving // self.count, accepted, proposed)
+            self.state = self._stepped(self.state, level, self.moving // self.count, count)
             self._write(self.moving, self.state.draws)
         if self.path is not None and self.slots is not None:
             self._write(self.first + self.slots, self.path[number])
             self.state = None
-        self.history["acceptance"].append(accepted / proposed)
+        self.history["acceptance"].append(count.rate)
 
-    def _stepped(
-        self, state: ChainState, level: float, group: Tensor, accepted: Tensor, proposed: Tensor
-    ) -> ChainState:
+    def _stepped(self, state: ChainState, level: float, group: Tensor, count: MoveCount) -> ChainState:
         for kernel in self.schedule.kernels:
             state, info = kernel.step(state, self.source, level)
-            asked = ~info.log_acceptance.isnan()
-            accepted += torch.bincount(group[asked & info.accepted], minlength=self.groups)
-            proposed += torch.bincount(group[asked], minlength=self.groups)
+            count.add(info, group)
         return state
 
     def _resample_into_chains(self, level: float) -> None:
@@ -321,7 +278,7 @@ class AnnealedSweep:
         ess = self.history["ess"][-1]
         chosen = ess > 0
         self.history["resampled"].append(chosen)
-        accepted, proposed = torch.zeros(2, self.groups, dtype=torch.float64)
+        count = MoveCount(self.groups)
         if bool(chosen.any()):
             few = self.count // length
             ancestors = resample_to(self.log_w[chosen], few, self.source)
@@ -331,20 +288,17 @@ class AnnealedSweep:
             state = self.schedule.kernels[0].start(self.target, self.draws.select(rows), power=level)
             found = [state.draws]
             for _ in range(length - 1):
-                state = self._stepped(state, level, rows // self.count, accepted, proposed)
+                state = self._stepped(state, level, rows // self.count, count)
                 found.append(state.draws)
             # Found is ordered by step, then group, then ancestor; particles are ordered by group.
             order = torch.arange(length * len(rows)).view(length, len(groups), few).transpose(0, 1).reshape(-1)
             new = (self.first[groups][:, None] + torch.arange(self.count)).view(-1)
             self.parent[new] = self.parent[rows].repeat(length)[order]
             self._write(new, concatenate(found, pad_id=self.target.prior.pad_id).select(order))
-        self.history["acceptance"].append(accepted / proposed)
+        self.history["acceptance"].append(count.rate)
 
     def _write(self, rows: Tensor, draws: Draws) -> None:
-        index = torch.arange(len(self.draws))
-        index[rows] = len(self.draws) + torch.arange(len(rows))
-        both = concatenate([self.draws, _bare(self.target, draws)], pad_id=self.target.prior.pad_id)
-        self.draws = both.select(index)
+        self.draws = overwrite(self.draws, rows, bare(self.target, draws), self.target.prior)
 
     def _report(self, ladder: list[float]) -> None:
         log_z = self.log_z + torch.logsumexp(self.log_w, 1) - math.log(self.count)
@@ -357,16 +311,6 @@ class AnnealedSweep:
             figures["acceptance"] = f"{float(self.history['acceptance'][-1].nanmean()):.0%}"
         planned = len(self.schedule.ladder)
         self.target.report((len(ladder) - 1) / (planned - 1) if planned else ladder[-1], figures)
-
-
-def _bare(target: Target, draws: Draws) -> Draws:
-    """`draws` with float64 log π0, features and log-factors, and nothing else."""
-    if draws.log_prior is None:
-        draws = draws.with_columns(log_prior=target.log_prior(draws))
-    if {f.name for f in target.factors} != set(draws.log_factors):
-        draws = target.evaluate(draws)
-    assert draws.log_prior is not None
-    return draws.with_columns(log_weight=None, log_q=None, log_prior=draws.log_prior.double(), columns={}, meta={})
 
 
 def _stacked(values: list[Tensor], groups: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
 from lmppl.inference.ais import AIS
-from lmppl.inference.annealed import check_ladder
 from lmppl.inference.annealed_sweep import AnnealedSweep, AnnealedSweepResult, AnnealingSchedule, backward_path
+from lmppl.inference.annealing_ladder import check_ladder
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.conditional_smc import Sandwich, retained_rows
 from lmppl.inference.engine import Request, Shard, shard_generator

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.inference.mcmc import Kernel
+from lmppl.inference.moved_rows import MoveCount, bare, overwrite
 from lmppl.inference.proposals import check_bounds, draw_from
 from lmppl.inference.resampling import effective_sizes
 from lmppl.lm.randomness import Source
@@ -131,7 +132,7 @@ class SplittingSweep:
         self.tops = [math.inf] * self.groups if self.pilot else list(tops)
         self.score = Score(schedule.score, target)
         drawn = draw_from(target.prior, self.contexts.repeat_interleave(self.count), source, cost=target.cost)
-        self.draws = self._bare(target.evaluate(drawn))
+        self.draws = bare(target, drawn)
         check_bounds(self.draws, target.factors)
         self.scores = self.score(self.draws).view(self.groups, self.count)
         self.flat = self.scores.amin(1) == self.scores.amax(1)  # (G,) the prior's draws all have one score
@@ -177,7 +178,7 @@ class SplittingSweep:
         self.left &= deaths < self.count
         replaced = masks & self.left[:, None]
         rows = torch.nonzero(replaced.view(-1)).squeeze(1)
-        accepted, proposed = torch.zeros(2, self.groups, dtype=torch.float64)
+        count = MoveCount(self.groups)
         if len(rows):
             group = rows // self.count
             survivors = [torch.nonzero(~mask).squeeze(1) for mask in masks]
@@ -185,19 +186,17 @@ class SplittingSweep:
             parents = torch.stack(
                 [survivors[g][i] + g * self.count for g, i in zip(group.tolist(), chosen.tolist(), strict=True)]
             )
-            moved = self._moved(parents, levels, group, accepted, proposed)
+            moved = self._moved(parents, levels, group, count)
             self.parent[rows] = self.parent[parents]
-            index = torch.arange(len(self.draws))
-            index[rows] = len(self.draws) + torch.arange(len(rows))
-            self.draws = concatenate([self.draws, moved], pad_id=self.target.prior.pad_id).select(index)
+            self.draws = overwrite(self.draws, rows, moved, self.target.prior)
             self.scores.view(-1)[rows] = self.score(moved)
         self.history["levels"].append(torch.where(active, levels, math.nan))
         self.history["killed"].append(torch.where(active, deaths.double(), math.nan))
-        self.history["acceptance"].append(accepted / proposed)
+        self.history["acceptance"].append(count.rate)
         if self.target.watcher is not None:
             self._report(levels, active)
 
-    def _moved(self, parents: Tensor, levels: Tensor, group: Tensor, accepted: Tensor, proposed: Tensor) -> Draws:
+    def _moved(self, parents: Tensor, levels: Tensor, group: Tensor, count: MoveCount) -> Draws:
         """Copies of `parents`, moved by kernels that leave π0(·|S > level) invariant."""
         of_context = torch.full((self.target.form.num_contexts,), math.inf, dtype=torch.float64)
         of_context[self.contexts] = levels
@@ -210,10 +209,8 @@ class SplittingSweep:
         state = kernels[0].start(self.target, self.draws.select(parents), evidence=above)
         for kernel in kernels:
             state, info = kernel.step(state, self.source, evidence=above)
-            asked = ~info.log_acceptance.isnan()
-            accepted += torch.bincount(group[asked & info.accepted], minlength=self.groups)
-            proposed += torch.bincount(group[asked], minlength=self.groups)
-        return self._bare(state.draws)
+            count.add(info, group)
+        return bare(self.target, state.draws)
 
     def _retire(self, masks: Tensor, number: int) -> None:
         """Keep the killed with φ > 0, at the weight that they have; the others have weight zero."""
@@ -253,10 +250,6 @@ class SplittingSweep:
         """(G, number of factors) how many of the last particles each factor gives weight zero."""
         columns = [(self.draws.log_factors[f.name] == -math.inf).view(self.groups, -1) for f in self.target.factors]
         return torch.stack([c.sum(1) for c in columns], -1) if columns else torch.zeros(self.groups, 0)
-
-    def _bare(self, draws: Draws) -> Draws:
-        assert draws.log_prior is not None
-        return draws.with_columns(log_weight=None, log_q=None, log_prior=draws.log_prior.double(), columns={}, meta={})
 
     def _report(self, levels: Tensor, active: Tensor) -> None:
         g = int(torch.nonzero(active)[0, 0])

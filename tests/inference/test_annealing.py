@@ -12,7 +12,8 @@ import torch
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.ais import AIS
 from lmppl.inference.annealed import AnnealingShard
-from lmppl.inference.annealed_sweep import AnnealedSweep, backward_path, conditional_ess, next_level
+from lmppl.inference.annealed_sweep import AnnealedSweep, backward_path
+from lmppl.inference.annealing_ladder import conditional_ess, next_level
 from lmppl.inference.bounds import sandwich
 from lmppl.inference.conditional_smc import sandwich as sandwich_smc
 from lmppl.inference.engine import Budget, Guarantee
