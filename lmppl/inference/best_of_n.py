@@ -117,8 +117,7 @@ class BestOfN(Engine):
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         """As `Engine.simulate`; the part's info holds `possible` (C,), the proposals with γ > 0 of each context."""
-        generator = source.generator
-        proposals = propose(target.prior, shard, shard.num_draws * self.n, generator=generator, cost=target.cost)
+        proposals = propose(target.prior, shard, shard.num_draws * self.n, source=source, cost=target.cost)
         proposals = target.evaluate(proposals)
         possible = log_evidence(proposals) > -torch.inf
         chosen = choose_of_each(self._scores(proposals).view(-1, self.n), source, self.soft)

@@ -24,7 +24,7 @@ from lmppl.diagnostics.weights import (
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
 from lmppl.inference.coverage import coverage_note
-from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, shard_generator
+from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.proposals import (
     as_proposal,
     check_bounds,
@@ -35,6 +35,7 @@ from lmppl.inference.proposals import (
 )
 from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.randomness import Source
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.target import Target, log_evidence
 from lmppl.sequences import Draws, Estimate, concatenate
@@ -133,15 +134,14 @@ class Importance(Engine):
         self._proposal(target)
         return super().plan(target, request)
 
-    def run_shard(self, target: Target, shard: Shard, *, state: Any = None) -> Part:
-        generator = shard_generator(shard)
+    def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
         lm = self._proposal(target)
         if lm is None:
-            draws = propose(target.prior, shard, shard.num_draws, generator=generator, cost=target.cost)
+            draws = propose(target.prior, shard, shard.num_draws, source=source, cost=target.cost)
             draws = target.evaluate(draws)
             log_w = log_evidence(draws)
         else:
-            draws = evaluate_inside(target, self._proposed(target, lm, shard, generator))
+            draws = evaluate_inside(target, self._proposed(target, lm, shard, source))
             log_prior, log_q = densities(draws)
             log_gamma = torch.where(log_prior > -math.inf, log_prior.double() + log_evidence(draws), -math.inf)
             log_w = importance_log_weights(log_gamma, log_q)
@@ -194,19 +194,19 @@ class Importance(Engine):
             return None
         return as_proposal(self.proposal, target.prior)
 
-    def _proposed(self, target: Target, lm: LanguageModel, shard: Shard, generator: torch.Generator) -> Draws:
+    def _proposed(self, target: Target, lm: LanguageModel, shard: Shard, source: Source) -> Draws:
         """Draws of q or of the defensive mixture, with log π0 and log q; each LM scores what it did not draw."""
         count, cost = shard.num_draws, target.cost
         from_prior = math.ceil(self.defensive * count)
         parts = []
         if from_prior < count:
-            drawn = propose(lm, shard, count - from_prior, generator=generator, cost=cost)
+            drawn = propose(lm, shard, count - from_prior, source=source, cost=cost)
             # γ is a function of the ids: another vocabulary of equal size must not change what the factors read.
             drawn = replace(drawn, decoder=target.prior.decode)
             check_outcomes(drawn, target.prior)
             parts.append(replace(drawn, log_prior=target.log_prior(drawn)))
         if from_prior > 0:
-            drawn = propose(target.prior, shard, from_prior, generator=generator, cost=cost)
+            drawn = propose(target.prior, shard, from_prior, source=source, cost=cost)
             parts.append(replace(drawn, log_q=lm.score(drawn, cost=cost)))
         draws = concatenate(parts, pad_id=target.prior.pad_id)
         if from_prior == 0:

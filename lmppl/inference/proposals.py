@@ -72,13 +72,15 @@ def _symbols(lm: LanguageModel) -> tuple[str, ...] | None:
     return getattr(lm, "vocabulary", None)
 
 
-def propose(
-    lm: LanguageModel, shard: Shard, num_draws: int, *, generator: torch.Generator, cost: Cost | None = None
-) -> Draws:
+def propose(lm: LanguageModel, shard: Shard, num_draws: int, *, source: Source, cost: Cost | None = None) -> Draws:
     """`num_draws` draws of `lm` for each context of the shard, in its micro-batches, rows ordered by its contexts."""
     context = torch.tensor(shard.contexts, dtype=torch.int64).repeat_interleave(num_draws)
     rows = context.split(shard.batch_size)
-    return concatenate([draw_rows(lm, r, generator=generator, cost=cost) for r in rows], pad_id=lm.pad_id)
+    if source.walked:
+        drawn = [draw_from(lm, r, source, cost=cost) for r in rows]
+    else:  # the same law from numbers that are all drawn ahead, which is what the decode loop takes
+        drawn = [draw_rows(lm, r, generator=source.generator, cost=cost) for r in rows]
+    return concatenate(drawn, pad_id=lm.pad_id)
 
 
 def draw_from(lm: LanguageModel, context: Tensor, source: Source, *, cost: Cost | None = None) -> Draws:

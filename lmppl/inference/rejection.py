@@ -140,7 +140,7 @@ class Rejection(Engine):
             accepted = source.accept(log_probability)
         else:  # the same law from numbers that are all drawn ahead, which is what the decode loop takes
             uniforms = source.uniforms(len(context))
-            drawn = propose(target.prior, shard, shard.num_draws, generator=source.generator, cost=target.cost)
+            drawn = propose(target.prior, shard, shard.num_draws, source=source, cost=target.cost)
             proposals = target.evaluate(drawn)
             log_probability = self._log_probability(target, proposals)
             accepted = accepts(log_probability, uniforms)

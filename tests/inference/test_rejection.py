@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,12 @@ from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.rejection import Rejection, accepts, log_acceptance_probability
 from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.randomness import Source
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Constraint, Optimality, Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
-from lmppl.testing.enumeration import every_outcome
-from tests.inference.whole_runs import run_parts
+from tests.inference.whole_runs import every_run, run_parts
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, count_of, enumerable_lm, has_no, wavy
 
 KINDS = ENUMERABLE
@@ -87,18 +84,6 @@ LAWS = {
 }
 
 
-def every_run(model: Model, engine: Rejection, num_draws: int) -> Iterator[tuple[float, Sampler | None]]:
-    """(probability, result) of every run to its end; None where nothing was accepted."""
-
-    def run(source: Source) -> Sampler | None:
-        try:
-            return engine.merge(run_parts(engine, model, num_draws, source=source))
-        except InfeasibleModel:
-            return None
-
-    return every_outcome(run)
-
-
 def small(kind: str) -> LanguageModel:
     """An LM with so few outcomes that a run can be enumerated on it: 3 on the table, 7 on the networks."""
     if kind == "tabular":
@@ -124,7 +109,7 @@ def test_over_all_runs_accepted_draws_have_the_posterior_and_the_estimate_is_unb
     model = Model(small(kind), LAWS[factors])
     table = brute_force(model, 0)
     total, mean, naive, masses = 0.0, 0.0, 0.0, {}
-    for probability, result in every_run(model, engine, num_draws):
+    for probability, result in every_run(engine, model, num_draws):
         total += probability
         if result is None:
             continue

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from lmppl.errors import InfeasibleModel
 from lmppl.inference.approximation import Approximation
 from lmppl.inference.engine import Budget, Engine, Part, Request
 from lmppl.inference.run import infer
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
+from lmppl.testing.enumeration import every_outcome
 
-__all__ = ["check_that_a_stopped_run_goes_on", "run_parts", "same_run"]
+__all__ = ["check_that_a_stopped_run_goes_on", "every_run", "run_parts", "same_run"]
 
 
 def run_parts(
@@ -26,6 +29,18 @@ def run_parts(
         parts += [engine.run_shard(target, s) if source is None else engine.simulate(target, s, source) for s in shards]
         shards = engine.replan(target, request, parts)
     return parts
+
+
+def every_run(engine: Engine, model: Model, num_draws: int) -> Iterator[tuple[float, Approximation | None]]:
+    """(probability, result) of every run to its end; None where it ends in an `InfeasibleModel`."""
+
+    def run(source: Source) -> Approximation | None:
+        try:
+            return engine.merge(run_parts(engine, model, num_draws, source=source))
+        except InfeasibleModel:
+            return None
+
+    return every_outcome(run)
 
 
 def same_run(a: Approximation, b: Approximation) -> bool:
