@@ -1,7 +1,10 @@
 """What caches do, each measured with a fresh forward of one unpadded row without any cache."""
 
+import inspect
+
 import pytest
 import torch
+from transformers import LlamaModel
 from transformers.cache_utils import DynamicCache
 
 from lmppl.errors import UnsupportedModel
@@ -10,6 +13,7 @@ from lmppl.lm.network import Network
 from lmppl.lm.probing import abilities_of
 from tests.lm.random_models import KINDS, WINDOW, build, config, network, random_lm, uncached_logits
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 CROPPABLE = ("llama", "mistral", "gpt2", "gemma3")
 TOLERANCE = {"qwen3_next": 1e-4, "gemma2": 1e-5}  # parts that these compute in float32 whatever their weights
 
@@ -86,8 +90,8 @@ def test_model_without_a_usable_cache_is_read_again_each_step():
     model = build("llama")
     forward = model.model.forward
 
-    def refusing(input_ids=None, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def refusing(input_ids=None, past_key_values=None, cache=None, **kwargs):
+        if past_key_values is not None or cache is not None:
             raise TypeError("no cache here")
         return forward(input_ids=input_ids, **kwargs)
 
@@ -301,7 +305,7 @@ def test_a_cache_built_from_a_config_cannot_be_cropped_past_its_window():
     model = network("mistral")
     cache = DynamicCache(config=config("mistral", 5))
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, WINDOW + 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.zeros(1, WINDOW + 2, dtype=torch.long), use_cache=True, **{CACHE: cache})
     with pytest.raises(RuntimeError, match="sliding window"):
         cache.crop(-1)
 
@@ -310,7 +314,7 @@ def test_hybrid_caches_select_by_reordering_alone():
     model = network("qwen3_next")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.zeros(2, 4, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.zeros(2, 4, dtype=torch.long), use_cache=True, **{CACHE: cache})
     with pytest.raises(AttributeError):
         cache.batch_select_indices(torch.tensor([0]))
     cache.reorder_cache(torch.tensor([1, 0, 1]))
