@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge
-from lmppl.lm.decoder import Decoder, State, Step
+from lmppl.lm.decoder import Decoder
 from lmppl.sequences import Cost, Draws, Sequences
 
 if TYPE_CHECKING:
     from lmppl.lm.spelling import Spelling
 
-__all__ = ["Decoder", "LanguageModel", "State", "Step"]
+__all__ = ["ENUMERATION_GUARD", "LanguageModel", "guard_support"]
 
 ENUMERATION_GUARD = 200_000
 

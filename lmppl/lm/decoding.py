@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError, UnsupportedModel
-from lmppl.lm.base import Decoder, LanguageModel, State, Step, guard_support
+from lmppl.lm.base import LanguageModel, guard_support
+from lmppl.lm.decoder import Decoder, State, Step
 from lmppl.sequences import Cost, Draws, Sequences, concatenate
 
 __all__ = [

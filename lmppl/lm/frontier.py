@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmppl.lm.base import LanguageModel, State, Step
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import State, Step
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.sequences import Cost, Sequences
 

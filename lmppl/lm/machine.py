@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmppl.lm.base import Step
+from lmppl.lm.decoder import Step
 
 __all__ = ["MachineDecoder", "MachineRows", "MachineShelf"]
 

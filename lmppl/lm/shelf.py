@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lmppl.lm.base import LanguageModel, State
+from lmppl.lm.base import LanguageModel
+from lmppl.lm.decoder import State
 from lmppl.lm.decoding import CountingDecoder
 from lmppl.lm.randomness import Source
 from lmppl.lm.writer import Pending, Regenerated, Writer

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lmppl.errors import ContextError, ModelError
-from lmppl.lm.base import LanguageModel, Step
+from lmppl.lm.base import LanguageModel
 from lmppl.lm.contexts import Encoded, encode_context, list_contexts
+from lmppl.lm.decoder import Step
 from lmppl.lm.grouping import GroupedRows
 from lmppl.lm.network import Network
 from lmppl.lm.probing import Abilities, abilities_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.lm.base import State, Step
+from lmppl.lm.decoder import State, Step
 from lmppl.lm.decoding import compacting_index
 from lmppl.lm.randomness import Source
 
