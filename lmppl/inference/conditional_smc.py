@@ -10,15 +10,16 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lmppl.diagnostics.normalizers import mean_of_logs
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.engine import Shard, shard_generator
+from lmppl.inference.exact_draws import log_z_holding
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.sweep import Retained, SweepResult
-from lmppl.lm.decoding import plan_rows
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, log_evidence
@@ -130,27 +131,16 @@ def sandwich(
     ----------
     grosse2015, zhao2024
     """
-    if exact_draws.log_weight is not None:
-        spread = exact_draws.log_weight.max() - exact_draws.log_weight.min()
-        if float(spread) != 0.0:
-            raise ModelError(
-                "sandwich: got weighted draws, expected equally weighted exact ones, as `Rejection` gives them"
-            )
     sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
-    run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
-    low = list(run.info["log_z_sweeps"])
     target = Target(model)
     source = Source(shard_generator(Shard(UPPER_STREAM, 0, seed, (), 0)))
-    size = max(1, plan_rows(model.prior, len(exact_draws) * engine.num_particles) // engine.num_particles)
-    parts = [
-        conditional_smc(target, engine, exact_draws.select(index), source).log_z
-        for index in torch.arange(len(exact_draws)).split(size)
-    ]
-    log_z = torch.cat(parts)
-    high = [log_z[exact_draws.context == c] for c in range(model.prior.num_contexts)]
-    empty = [c for c, values in enumerate(high) if len(values) == 0]
-    if empty:
-        raise ModelError(f"sandwich: got no exact draw for context {model.prior.prompts[empty[0]]!r}")
+
+    def conditional(rows: Draws) -> Tensor:
+        return conditional_smc(target, engine, rows, source).log_z
+
+    high = log_z_holding(exact_draws, model.prior, engine.num_particles, conditional, who="sandwich")
+    run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
+    low = list(run.info["log_z_sweeps"])
     what = f"mean of log Ẑ over {{}} {{}}, N = {engine.num_particles}, Student's t"
     fewest = min(map(len, high))
     return Sandwich(
