@@ -22,8 +22,10 @@ import lmppl
 from lmppl.inference.mcmc import MCMC, SuffixResample
 from lmppl.lm import LM
 from lmppl.lm.caches import BufferedCache, BufferedLayer
-from tests.benchmarks.measuring import Peer, cpu_seconds, in_turns, ratio, record, single_thread
-from tests.benchmarks.random_llama import CONTEXT, make_folder
+from tests.benchmarks.measuring import Peer, cpu_seconds, in_turns, ratio, record
+from tests.benchmarks.random_llama import CONTEXT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHAINS, STEPS, CAP = 64, 32, 32
 LETTER, BETA = "a", 2.0
@@ -178,24 +180,6 @@ def replay(problem: Problem, calls: list[Call], draws: bool) -> None:
         if draws:
             log_probs = torch.log_softmax(scores, -1)
             log_probs.gather(1, torch.multinomial(log_probs.exp(), 1))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(size: str) -> Path:
-        if size not in made:
-            made[size] = make_folder(size, tmp_path_factory.mktemp(size))
-        return made[size]
-
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_thread():
-        yield
 
 
 @pytest.mark.parametrize("size", list(WANTED))

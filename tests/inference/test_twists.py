@@ -158,12 +158,16 @@ class ReadsHidden:
         raise NotImplementedError
 
 
+def ten_rows(lm):
+    """Five rows of each of two contexts, and the twist that keeps what it has read of them."""
+    frontier = Frontier(lm, torch.arange(2).repeat_interleave(5))
+    return frontier, TwistTrack(ReadsHidden(), frontier), torch.Generator().manual_seed(1)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_a_twist_on_hidden_states_gets_those_of_its_own_rows(kind):
     lm = random_lm(kind, max_new_tokens=5)
-    generator = torch.Generator().manual_seed(1)
-    frontier = Frontier(lm, torch.arange(2).repeat_interleave(5))
-    track = TwistTrack(ReadsHidden(), frontier)
+    frontier, track, generator = ten_rows(lm)
     seen = 0
     while len(live := frontier.live):
         track.settle()
@@ -185,9 +189,7 @@ def test_a_twist_on_hidden_states_gets_those_of_its_own_rows(kind):
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_a_twist_on_hidden_states_is_rebuilt_at_boundaries(kind):
     lm = random_lm(kind, max_new_tokens=4)
-    generator = torch.Generator().manual_seed(1)
-    frontier = Frontier(lm, torch.arange(2).repeat_interleave(5))
-    track = TwistTrack(ReadsHidden(), frontier)
+    frontier, track, generator = ten_rows(lm)
     tokens = torch.randint(4, (10,), generator=generator)  # no EOS
     frontier.append(tokens)
     track.append(tokens, torch.ones(10, dtype=torch.bool))
