@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import torch
 
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.derived import TemperedLM
+from lmppl.lm.derived import ReweighedLM, TemperedLM
 from lmppl.lm.tabular import TabularLM
 from lmppl.lm.transformers import TransformersLM
+from lmppl.sequences import Estimate
 
-__all__ = ["coverage_note", "may_not_cover", "positive_everywhere", "truncates"]
+__all__ = [
+    "coverage_note",
+    "may_not_cover",
+    "positive_everywhere",
+    "tell_coverage",
+    "truncates",
+    "with_coverage",
+    "without_reach",
+]
+
+log = logging.getLogger(__name__)
 
 PAIRS_LIMIT = 10_000_000  # pairs of states times V, that two tables are compared on
 
@@ -32,7 +46,8 @@ def may_not_cover(lm: LanguageModel, prior: LanguageModel) -> bool:
     """Whether the proposal is known to give probability zero where the prior does not, or to do so on purpose.
 
     So does a declared truncation, and a `TabularLM` with a zero that the prior can reach; where the prior is no table,
-    it is taken to be positive. Of other LMs nothing is known, and False does not prove that they cover.
+    it is taken to be positive. What is made from the prior itself is cut where it cuts beyond the prior. Of other LMs
+    nothing is known, and False does not prove that they cover.
 
     Parameters
     ----------
@@ -41,16 +56,57 @@ def may_not_cover(lm: LanguageModel, prior: LanguageModel) -> bool:
     prior : LanguageModel
         π0.
     """
-    table = _table(lm)
-    return truncates(lm) or (table is not None and lm is not prior and _misses(table, _table(prior)))
+    return _shortcoming(lm, prior) != ""
 
 
 def coverage_note(lm: LanguageModel, prior: LanguageModel) -> str:
     """What an estimate of log Z says about a proposal that may not cover; "" where nothing speaks against it."""
-    if not may_not_cover(lm, prior):
+    why = _shortcoming(lm, prior)
+    return f"the proposal {why}, so it may not cover π*: then E Ẑ < Z and no weight shows it" if why else ""
+
+
+def without_reach(lm: LanguageModel, prior: LanguageModel) -> str:
+    """What chains say about a proposal that may not cover; "" where nothing speaks against it."""
+    why = _shortcoming(lm, prior)
+    return (
+        f"the proposal {why}, so it may not cover π*: chains can neither reach nor leave texts that it cannot write, "
+        "however long they run, and no figure of chains shows it"
+        if why
+        else ""
+    )
+
+
+def with_coverage(estimates: tuple[Estimate, ...], note: str) -> tuple[Estimate, ...]:
+    """Estimates of log Z from a proposal that may not cover, which `note` says: E Ẑ ≤ Z, a lower bound, is left."""
+    if not note:
+        return estimates
+    return tuple(replace(e, kind="lower_bound", note=f"{e.note}; {note}" if e.note else note) for e in estimates)
+
+
+def tell_coverage(who: str, note: str) -> None:
+    """Warn of a proposal that may not cover, where `note` says that it is one."""
+    if note:
+        log.warning("%s: %s; propose from a law that is positive where the prior is, or from the prior", who, note)
+
+
+def _shortcoming(lm: LanguageModel, prior: LanguageModel) -> str:
+    """Why the proposal may not cover, after "the proposal"; "" where nothing is known against it."""
+    if lm is prior:
         return ""
-    why = "is truncated" if truncates(lm) else "gives probability 0 to tokens that the prior can make"
-    return f"the proposal {why}, so it may not cover π*: then E Ẑ < Z and no weight shows it"
+    if isinstance(lm, ReweighedLM):
+        return _cut(lm) or _shortcoming(lm.base, prior)
+    table = _table(lm)
+    if truncates(lm):
+        return "is truncated"
+    missing = table is not None and _misses(table, _table(prior))
+    return "gives probability 0 to tokens that the prior can make" if missing else ""
+
+
+def _cut(lm: ReweighedLM) -> str:
+    """As `_shortcoming`, of what the LM cuts beyond the LM that it is made from."""
+    declared = [(getattr(lm, n, None), getattr(lm.base, n, None)) for n in ("top_k", "top_p")]
+    beyond = any(own is not None and own != inherited for own, inherited in declared)
+    return "is truncated" if beyond or (truncates(lm) and not truncates(lm.base)) else ""
 
 
 def _table(lm: LanguageModel) -> TabularLM | None:

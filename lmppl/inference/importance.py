@@ -23,7 +23,7 @@ from lmppl.diagnostics.weights import (
 )
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
-from lmppl.inference.coverage import coverage_note
+from lmppl.inference.coverage import coverage_note, tell_coverage, with_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.proposals import (
     as_proposal,
@@ -110,7 +110,8 @@ class Importance(Engine):
     `log_normalizer`: log Ẑ by the delta method. From the prior (or a defensive mixture), with a bound on every
     factor, a second estimate has the finite-sample empirical Bernstein interval; if all evidence is hard constraints
     and q = π0, the first one has Clopper–Pearson's. `info`, each (C,): `ess`, `entropy_ess`, `khat` (nan where
-    undefined: `khat_note`), `max_weight_share`, `zero_weight_share`.
+    undefined: `khat_note`), `max_weight_share`, `zero_weight_share`. A proposal that is known not to cover, or
+    declared truncated, is warned about and named in `coverage`; log Ẑ is then a lower bound.
 
     References
     ----------
@@ -170,6 +171,9 @@ class Importance(Engine):
             "max_weight_share": _each(max_weight_share, weights),
             "zero_weight_share": _each(zero_weight_share, weights),
         }
+        if facts["coverage"]:
+            info["coverage"] = facts["coverage"]
+            tell_coverage(self.name, facts["coverage"])
         order = torch.cat(rows)
         sorted_draws = draws.select(order)
         if self.pareto_smoothing:
@@ -260,18 +264,14 @@ def _normalizers(
     delta = stack([log_mean_weight(w, LEVEL) for w in weights])
     heavy = [f"k̂ = {s.value:.2f} in context {c}" for c, s in enumerate(shapes) if s.value > KHAT_LIMIT]
     if heavy:
-        delta = _noted(delta, f"not to be trusted: {', '.join(heavy)}, above {KHAT_LIMIT}")
+        delta = replace(delta, note=f"{delta.note}; not to be trusted: {', '.join(heavy)}, above {KHAT_LIMIT}")
     estimates: tuple[Estimate, ...] = (delta,)
     if facts["binary"]:
         satisfied = torch.tensor([int((w > -math.inf).sum()) for w in weights])
         estimates = (log_acceptance(satisfied, counts, 0.0, level=LEVEL), delta)
     elif math.isfinite(log_bound) and int(counts.min()) > 1:
         estimates = (delta, stack([log_mean_weight_bounded(w, log_bound, LEVEL) for w in weights]))
-    return tuple(_noted(e, facts["coverage"]) for e in estimates)
-
-
-def _noted(estimate: Estimate, note: str) -> Estimate:
-    return replace(estimate, note=f"{estimate.note}; {note}") if note else estimate
+    return with_coverage(estimates, str(facts["coverage"]))
 
 
 def _each(figure: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Tensor:

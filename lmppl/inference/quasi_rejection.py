@@ -16,7 +16,7 @@ from lmppl.diagnostics.quasi_rejection import QuasiRejectionCurve, log_quasi_acc
 from lmppl.diagnostics.weights import pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Sampler
-from lmppl.inference.coverage import coverage_note
+from lmppl.inference.coverage import coverage_note, tell_coverage, with_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.importance import importance_log_weights
 from lmppl.inference.proposal_rounds import ProposalShard, ending, next_round, shortfall, tally
@@ -242,12 +242,14 @@ class QuasiRejection(Engine):
             advice = "raise max_tries or ask for a higher acceptance="
             info["shortfall"] = shortfall(self.name, whole.prompts, end, wanted, self.max_tries, advice)
         estimates = [stack([log_mean_weight(w, LEVEL) for w in weights])]
-        if parts[0].info["coverage"]:
-            info["distances_note"] = DISTANCES_NOTE
-            estimates[0] = replace(estimates[0], note=f"{estimates[0].note}; {parts[0].info['coverage']}")
+        coverage = str(parts[0].info["coverage"])
+        if coverage:
+            info |= {"distances_note": DISTANCES_NOTE, "coverage": coverage}
+            tell_coverage(self.name, coverage)
         if bool((stopped & (accepted == 1)).any()):
             note = f"{estimates[0].note}; biased where a run stops at its first acceptance: ask for two draws or more"
             estimates[0] = replace(estimates[0], kind="consistent", note=note)
+        estimates = list(with_coverage(tuple(estimates), coverage))
         lower = log_acceptance(accepted, tried, 0.0, stopped=stopped, level=LEVEL)
         if lower.kind == "unbiased_Z" and lower.interval is not None:
             estimates.append(

@@ -17,7 +17,7 @@ from lmppl.diagnostics.normalizers import log_mean_sweeps, stack
 from lmppl.diagnostics.weights import KHAT_LIMIT, TailShape, effective_sample_size, pareto_khat
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation, Particles
-from lmppl.inference.coverage import coverage_note
+from lmppl.inference.coverage import coverage_note, tell_coverage, with_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.genealogy import distinct_ancestors
 from lmppl.inference.proposals import as_proposal
@@ -95,7 +95,8 @@ class SMC(Engine):
     weights of all sweeps before resampling, at the round where they are worst; `distinct_ancestors` (C, S), particles
     of the first round that have descendants at the end; `resamplings` (C, S); `ess_history` (C, S, R), nan after the
     end of a sweep; `ancestors`, for each sweep (R, C, N) int32 (see `lmppl.inference.genealogy`); `zero_sweeps` (C,).
-    Draws carry columns `sweep`, `shard` and `parent`.
+    A proposal that is known not to cover, or declared truncated, is warned about and named in `coverage`; log Ẑ is then
+    a lower bound. Draws carry columns `sweep`, `shard` and `parent`.
 
     References
     ----------
@@ -225,7 +226,8 @@ class SMC(Engine):
         if heavy:
             note = f"the weights before resampling are heavy-tailed: {', '.join(heavy)}, above {KHAT_LIMIT}"
             estimate = _noted(estimate, note)
-        estimate = _noted(estimate, str(parts[0].info["coverage"]))
+        coverage = str(parts[0].info["coverage"])
+        tell_coverage(self.name, coverage)
         order = torch.argsort(draws.context, stable=True)
         draws = draws.select(order)
         assert draws.log_weight is not None
@@ -241,7 +243,9 @@ class SMC(Engine):
             "ess_history": _padded([p.info["ess"] for p in parts]),
             "ancestors": tuple(p.info["ancestors"] for p in parts),
         }
-        return Particles(draws, (estimate,), self.guarantee, info)
+        if coverage:
+            info["coverage"] = coverage
+        return Particles(draws, with_coverage((estimate,), coverage), self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
         log_z = torch.stack([p.info["log_z"] for p in parts], -1)[0]

@@ -1,14 +1,28 @@
 """Whether a proposal covers: declared truncation, zeros of tables, and what estimates of log Z say about it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lmppl import LM
 from lmppl.errors import ModelError
 from lmppl.inference import infer
 from lmppl.inference.coverage import coverage_note, may_not_cover, positive_everywhere
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
+from lmppl.inference.mcmc import (
+    MCMC,
+    BlockResample,
+    LocalEdit,
+    Mixture,
+    ParticleGibbs,
+    Restart,
+    SuffixResample,
+    TokenGibbs,
+)
 from lmppl.inference.proposals import as_proposal
+from lmppl.inference.quasi_rejection import QuasiRejection
 from lmppl.inference.smc import SMC
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.lm.tabular import TabularLM
@@ -89,19 +103,63 @@ def test_what_is_known_of_other_language_models():
     assert coverage_note(exact, NO_B) == ""
 
 
-@pytest.mark.parametrize("engine", [Importance(200), SMC(16)])
-def test_an_estimate_says_that_its_proposal_may_not_cover(engine):
-    from dataclasses import replace
-
+@pytest.mark.parametrize("engine", [Importance(200), SMC(16), QuasiRejection(50, bound=0.0)], ids=str)
+def test_an_estimate_says_that_its_proposal_may_not_cover(engine, caplog):
     model = EVERYTHING * Reward(wavy, beta=0.4)
     run = infer(model, replace(engine, proposal=NO_B), progress=False)
     note = "gives probability 0 to tokens that the prior can make, so it may not cover π*: then E Ẑ < Z"
-    assert all(note in e.note for e in run.log_normalizer)
+    assert note in run.log_normalizer[0].note
+    assert [e.kind for e in run.log_normalizer] == ["lower_bound"] * len(run.log_normalizer)
+    assert note in run.info["coverage"]
+    assert [note in r.message for r in caplog.records].count(True) == 1
     assert float(run.log_normalizer[0].value[0]) < float(brute_force(model, 0).log_z) - 0.1
-    run = infer(model, replace(engine, proposal=table([[0.4, 0.4, 0.2]] * 4)), progress=False)
-    assert not any("cover" in e.note for e in run.log_normalizer)
-    run = infer(NO_B * Reward(wavy), replace(engine, proposal=NO_B), progress=False)
-    assert not any("cover" in e.note for e in run.log_normalizer)
+    caplog.clear()
+    for other, proposal in ((model, table([[0.4, 0.4, 0.2]] * 4)), (NO_B * Reward(wavy), NO_B)):
+        run = infer(other, replace(engine, proposal=proposal), progress=False)
+        assert not any("cover" in e.note for e in run.log_normalizer)
+        assert "coverage" not in run.info
+        assert run.log_normalizer[0].kind == "unbiased_Z"
+    assert not caplog.records
+
+
+BLIND_KERNELS = [
+    Restart(proposal=NO_B), SuffixResample(proposal=NO_B), BlockResample(1, proposal=NO_B), LocalEdit(proposal=NO_B),
+    TokenGibbs(proposal=NO_B),
+    ParticleGibbs(SMC(4, proposal=NO_B)),  # refuses rows that it cannot write; all start from others here
+    Mixture((Restart(proposal=NO_B), SuffixResample(proposal=NO_B))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", BLIND_KERNELS, ids=lambda kernel: type(kernel).__name__)
+def test_chains_say_that_their_proposal_may_not_cover(kernel, caplog):
+    model = EVERYTHING * Reward(wavy, beta=0.4)
+    run = infer(
+        model,
+        MCMC(8, 4, warmup=2, kernel=kernel, start=NO_B.draw(8, generator=torch.Generator().manual_seed(0))),
+        progress=False,
+    )
+    note = "gives probability 0 to tokens that the prior can make, so it may not cover π*: chains can neither reach"
+    assert note in run.info["coverage"]
+    assert run.info["coverage"] in run.info["chain_notes"]
+    assert [note in r.message for r in caplog.records].count(True) == 1
+
+
+def test_a_mixture_with_one_kernel_that_reaches_everything_covers(caplog):
+    kernel = Mixture((Restart(), SuffixResample(proposal=NO_B)))
+    run = infer(EVERYTHING * Reward(wavy), MCMC(8, 4, warmup=2, kernel=kernel), progress=False)
+    assert "coverage" not in run.info
+    assert not any("cover" in r.message for r in caplog.records)
+
+
+def test_laws_made_from_a_truncated_prior_are_cut_no_further():
+    whole = LM("tiny", context="The", max_new_tokens=3)
+    cut = LM("tiny", context="The", max_new_tokens=3, top_k=5)
+    guided = WeightedDecoding(ArbitraryTwist(cut.vocab_size)).language_model(cut * Reward(wavy))
+    for lm in (guided, guided.at_temperature(2.0), cut.at_temperature(0.5), cut):
+        assert coverage_note(lm, cut) == ""
+        assert "is truncated" in coverage_note(lm, whole)
+    further = WeightedDecoding(ArbitraryTwist(cut.vocab_size), top_k=3).language_model(cut * Reward(wavy))
+    assert "is truncated" in coverage_note(further, cut)
 
 
 def test_a_defensive_mixture_covers():

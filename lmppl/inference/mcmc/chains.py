@@ -327,5 +327,9 @@ class Kernel(ABC):
             shelf.select(index)
         return replace(state, draws=state.draws.select(index))
 
+    def coverage(self, target: Target) -> str:
+        """What speaks against chains that reach every text with γ > 0; "" where nothing is known against it."""
+        return ""
+
     def check(self, target: Target) -> None:  # noqa: B027 - nothing to check is the common case
         """Raise `ModelError` where the configuration is wrong or does not fit the target."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmppl.diagnostics.normalizers import log_mean_weight, log_mean_weight_bounded, stack
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL, Chains
+from lmppl.inference.coverage import tell_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked
 from lmppl.inference.mcmc.kernels import Mixture, Restart
@@ -77,7 +78,8 @@ class MCMC(Engine):
     -----
     `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ,
     `log_prior`, `length`), `chain_notes`; `acceptance` (C,) and `acceptance_by_position` (T + 1,) by kernel; `stuck`
-    chains by context, which are warned about; `starts` (C,), how many chains had a start of their own. The proposals of
+    chains by context, which are warned about; `coverage`, of a kernel whose proposal is known not to cover π*, or is
+    truncated; `starts` (C,), how many chains had a start of their own. The proposals of
     `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()`,
     `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
     lower end of its interval; nan where a factor declares none, which `chain_notes` names.
@@ -163,6 +165,7 @@ class MCMC(Engine):
             "log_upper": target.form.log_upper,
             "unbounded": target.form.unbounded,
             "steps": total,
+            "coverage": self.kernel.coverage(target),
         }
         return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
 
@@ -205,6 +208,11 @@ class MCMC(Engine):
                 "where π* has more than that, run longer, with a kernel of smaller moves or from other starts",
                 self.name, len(chains), self.num_chains, draws.prompts[c], _listed(chains),
             )  # fmt: skip
+        coverage = str(parts[0].info["coverage"])
+        if coverage:
+            tell_coverage(self.name, coverage)
+            info["coverage"] = coverage
+            info["chain_notes"] = (*info["chain_notes"], coverage)
         normalizers = _normalizers(parts, draws.num_contexts)
         if normalizers and isinstance(self.kernel, Restart) and self._replicas == 1:
             info["certificate"], note = _certificate(parts, normalizers[-1])

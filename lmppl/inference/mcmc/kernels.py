@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import Approximation
+from lmppl.inference.coverage import without_reach
 from lmppl.inference.mcmc.chains import (
     ChainState,
     Evidence,
@@ -99,6 +100,10 @@ class Regenerating(Kernel):
     def check(self, target: Target) -> None:
         """As `Kernel.check`: the proposal must fit the prior."""
         self.lm(target)
+
+    def coverage(self, target: Target) -> str:
+        """As `Kernel.coverage`: of the proposal."""
+        return without_reach(self.lm(target), target.prior)
 
     def suffix(self, state: ChainState, rows: Tensor, keep: Tensor, source: Source) -> Proposal:
         """q writes `rows` (M,) anew after their first `keep` (M,) tokens; the law of `keep` is not in the ratio."""
@@ -360,6 +365,11 @@ class Mixture(Kernel):
             raise ModelError(f"Mixture: got weights={weights!r}, expected {len(self.kernels)} positive numbers")
         for kernel in self.kernels:
             kernel.check(target)
+
+    def coverage(self, target: Target) -> str:
+        """As `Kernel.coverage`: one of the kernels that reaches everything is enough."""
+        notes = [kernel.coverage(target) for kernel in self.kernels]
+        return notes[0] if all(notes) else ""
 
     def step(
         self, state: ChainState, source: Source, power: float | Tensor = 1.0, *, evidence: Evidence = log_evidence

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.conditional_smc import particle_gibbs_step
+from lmppl.inference.coverage import without_reach
 from lmppl.inference.mcmc.chains import ChainState, Evidence, Kernel, StepInfo, replaced
 from lmppl.inference.smc import SMC
+from lmppl.inference.step_proposals import LanguageModelProposal
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, log_evidence
 
@@ -55,6 +57,11 @@ class ParticleGibbs(Kernel):
                 "the present row, and alone it would never move"
             )
         self.smc.check(target)
+
+    def coverage(self, target: Target) -> str:
+        """As `Kernel.coverage`: of the particles' proposal."""
+        proposal = self.smc.step_proposal(target)
+        return without_reach(proposal.lm, target.prior) if isinstance(proposal, LanguageModelProposal) else ""
 
     def step(
         self, state: ChainState, source: Source, power: float | Tensor = 1.0, *, evidence: Evidence = log_evidence
