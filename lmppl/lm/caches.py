@@ -143,7 +143,8 @@ class BufferedLayer(DynamicLayer):
         rows, heads, _, size = states.shape
         if buffer is None or buffer.shape[2] < self.end or buffer.requires_grad:
             columns = max(self.capacity, self.end if buffer is None else 2 * buffer.shape[2], self.end)
-            grown = states.new_empty(rows, heads, columns, size)
+            with torch.inference_mode(False):  # to be written in place in any mode
+                grown = states.new_empty(rows, heads, columns, size)
             if buffer is not None:
                 grown[:, :, :before] = buffer[:rows, :, :before]
             buffer = grown

@@ -103,7 +103,9 @@ class CachedRows:
             columns = torch.arange(width, device=tokens.device)
             mask = (columns >= state.pads[:, None]).long()
             positions = (columns[first:] - state.pads[:, None]).clamp_min(0)
-        hidden = self.network.forward(read, split=self.split, cache=state.cache, mask=mask, positions=positions)
+        hidden = self.network.forward(
+            read, split=self.split, cache=state.cache, mask=mask, positions=positions, inference=self.kind == "buffer"
+        )
         return hidden[:, -k:], replace(state, history=history, width=width)
 
     def select(self, state: RowState, index: Tensor) -> RowState:

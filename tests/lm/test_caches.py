@@ -207,6 +207,32 @@ def test_gradients_reach_the_weights_through_the_cache(kind):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_next"])
+def test_what_was_read_without_gradients_serves_a_forward_with_them(kind):
+    model = build(kind)
+    lm = random_lm(kind)
+    lm = type(lm)(model, tokenizer=lm.tokenizer, context=["ab", "bacab"], max_new_tokens=4)
+    weight = lm.network.head.weight
+    decoder = lm.decoder()
+    with torch.no_grad():
+        _, state = decoder.prefill(torch.tensor([0, 1]))
+        step, state = decoder.extend(state, torch.tensor([[0], [2]]))
+    assert not step.hidden.is_inference()
+    step.hidden.mul_(2.0)
+    step, state = decoder.extend(state, torch.tensor([[1], [2]]), grad=True)
+    (got,) = torch.autograd.grad(step.log_probs[:, -1, 0].sum(), weight)
+    want = torch.zeros_like(weight)
+    for context, added in ((0, [0, 1]), (1, [2, 2])):
+        length = int(lm.context_lengths[context])
+        ids = torch.cat([lm.context_ids[context, -length:], torch.tensor(added)])[None]
+        scores = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, -1], -1)
+        want += torch.autograd.grad(scores[0], weight)[0]
+    tolerance = TOLERANCE.get(kind, 1e-9)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    assert all(not parameter.is_inference() for parameter in model.parameters())
+    assert all(not buffer.is_inference() for buffer in model.buffers())
+
+
 # The layer.
 
 
