@@ -63,8 +63,7 @@ class PrefixScore:
         """The incremental form for prefixes of `lm`."""
         if not self.beta > 0.0:
             raise ModelError(f"PrefixScore: got beta={self.beta!r}, expected a positive number that divides the score")
-        feature = self.feature
-        return cast(Incremental, PrefixScoreForm(lm, feature, self.beta, self.probability))
+        return cast(Incremental, PrefixScoreForm(lm, self))
 
 
 class PrefixRows(NamedTuple):
@@ -82,8 +81,8 @@ class PrefixScoreForm:
 
     needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"text", "ids"})
 
-    def __init__(self, lm: LanguageModel, feature: Feature, beta: float, probability: bool) -> None:
-        self.lm, self.feature, self.beta, self.probability = lm, feature, beta, probability
+    def __init__(self, lm: LanguageModel, score: PrefixScore) -> None:
+        self.lm, self.score, self.feature = lm, score, score.feature
         self.cost = Cost()
         self._prefixes: dict[tuple[int, ...], int] = {}
         self._known: dict[int, float] = {}  # by prefix · V + token
@@ -94,9 +93,8 @@ class PrefixScoreForm:
 
     @property
     def fingerprint(self) -> str:
-        """Content of f and its scale."""
-        content = self.feature.fingerprint or content_digest(self.feature.fn)
-        return f"{content}:{self.feature.on}:{self.beta!r}:{self.probability}"
+        """As `PrefixScore.fingerprint`."""
+        return self.score.fingerprint
 
     def start(self, contexts: Tensor) -> PrefixRows:
         """As `Incremental.start`."""
@@ -207,7 +205,7 @@ class PrefixScoreForm:
         name = self.feature.name
         if values.dim() != 1:
             raise ShapeError(f"prefix score {name!r}: got shape {tuple(values.shape)}, expected ({len(ids)},)")
-        if self.probability:
+        if self.score.probability:
             wrong = ~((values >= 0) & (values <= 1))
             if bool(wrong.any()):
                 row = int(torch.nonzero(wrong)[0, 0])
@@ -216,4 +214,4 @@ class PrefixScoreForm:
                     "probability in [0, 1]; for log-probabilities leave out probability=True"
                 )
             values = values.log()
-        return values / self.beta
+        return values / self.score.beta
