@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from lmppl.cli.findings import LABELS, READERS, findings, plain_info
-from lmppl.inference import ENGINES, Engine, QuasiRejection, infer
+from lmppl.inference import ENGINES, PPLM, Engine, QuasiRejection, WeightedDecoding, infer
 from lmppl.inference.mcmc import MCMC, Restart
 from lmppl.inference.smc import SMC
+from lmppl.modeling.evidence import Automaton, BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
-from lmppl.modeling.target import TargetForm
+from lmppl.modeling.model import Model
 from tests.models import enumerable_lm, has_no, wavy
 
 
@@ -59,10 +60,16 @@ def test_nothing_is_shown_where_nothing_is_known() -> None:
     assert dict(findings({"khat": torch.tensor([math.nan]), "stuck": {}, "something": 3})) == {}
 
 
+def model_for(kind: type[Engine]) -> Model:
+    """What the engine can run on: a reward, or what it needs beside."""
+    if kind is PPLM:
+        return enumerable_lm("llama") * BagOfWords(["a", "b"])
+    if kind is WeightedDecoding:
+        return enumerable_lm("tabular") * Constraint(Automaton.avoiding("b"))
+    return enumerable_lm("tabular") * Reward(wavy, beta=0.4, upper=1.0)
+
+
 @pytest.mark.parametrize("kind", ENGINES, ids=lambda kind: kind.name)
 def test_info_of_every_engine_is_plain_for_programs(kind: type[Engine]) -> None:
-    model = enumerable_lm("tabular") * Reward(wavy, beta=0.4, upper=1.0)
-    if kind().unsupported_reason(TargetForm.of(model)) is not None:
-        pytest.skip(f"{kind.name} cannot run on a table with a plain reward")
-    info = infer(model, kind(), 64, seed=1).info
+    info = infer(model_for(kind), kind(), 64, seed=1).info
     assert json.loads(json.dumps(plain_info(info), allow_nan=False)).keys() == info.keys()
