@@ -1,4 +1,4 @@
-"""How close the law q of a row is to π*, for one context: divergences, effective draws, and the noise of the draws.
+"""How close the law q of a row is to π*, for one context: divergences, and the share of draws with γ = 0.
 
 With a table of π* and a scorer of q the figures are exact. Otherwise they come from draws, with w = γ/q:
 
@@ -7,7 +7,9 @@ With a table of π* and a scorer of q the figures are exact. Otherwise they come
   w̄) over the row's own, which never exceeds log N and is blind to missed modes.
 - TV = E_q[(1 − w/Z)₊].
 
-log Z is the reference's; without a reference it is the row's own estimate, too small where its draws miss mass.
+log Z is the reference's; without a reference it is the row's own estimate, too small where its draws miss mass. Of a
+draw of a sweep there is a bound, KL(q‖π*) ≤ log Z − E[log Ẑ | Ẑ > 0] − log Pr(Ẑ > 0), of which the upper end of its
+95 % interval is shown.
 """
 
 from __future__ import annotations
@@ -17,42 +19,38 @@ import math
 import torch
 from torch import Tensor
 
-from lmppl.comparison.figures import BY_CONSTRUCTION, Figure, Relation, missing
-from lmppl.comparison.laws import NO_WEIGHTS, Law, log_ratios
+from lmppl.comparison.figures import BY_CONSTRUCTION, HEAVY, Figure, Relation, missing
+from lmppl.comparison.laws import ALL_ZERO, FOUND, UNKNOWN_DENSITY, Law
 from lmppl.comparison.reference import Reference
 from lmppl.diagnostics import (
     binomial_upper,
-    effective_sample_size,
     elbo,
     eubo,
     kl_divergence,
-    pareto_khat,
     self_normalised_kl,
     total_variation,
     total_variation_from_weights,
     zero_weight_share,
 )
 from lmppl.diagnostics.weights import KHAT_LIMIT
+from lmppl.inference.approximation import Z_SCORE, widening
 from lmppl.modeling.target import log_evidence
 
-__all__ = ["closeness", "expected_total_variation"]
+__all__ = ["closeness"]
 
 OWN_LOG_Z = "with log Z from weighted draws: too small where they miss mass"
-UNKNOWN_DENSITY = "log q of its draws is not known"
 OUTSIDE = "some draws of q have γ = 0"
-TABLE = "a table of all outcomes, not draws"
-HEAVY = f"k̂ > {KHAT_LIMIT}: weighted figures of this row are not to be trusted"
 UNSEEN = "no draw has γ = 0; if q gives such texts any probability, this is ∞"
 NONE_SEEN = "95 % bound: no draw shows it"
-ALL_ZERO = "every draw has γ = 0"
-SWEEPS = "bound for one draw of one sweep: log Z − E[log Ẑ]"
+SWEEPS = "one draw of one sweep: upper end at 95 % of the bound log Z − E[log Ẑ]"
 NO_MASS = "draws with γ = 0 have weight 0"
-FEWEST = "the fewest over log π0, the length and each factor, by the errors of sweeps or chains"
+NEVER_ACCEPTED = "what has γ = 0 is never accepted"
+MEASURED = "measured on its own proposals: blind to mass that none of them reached"
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}  # how far a table of log-probabilities is from summing to 1
 
 
 def closeness(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
-    """The figures of one context, by column: KL both ways, TV, Pr_q(γ=0), ESS, k̂, and TV of the draws with its noise.
+    """The figures of one context, by column: KL both ways, TV, Pr_q(γ=0).
 
     Parameters
     ----------
@@ -64,16 +62,17 @@ def closeness(law: Law, reference: Reference | None, context: int) -> dict[str, 
     """
     if law.kind == "posterior":
         zero = Figure(0.0, 0.0, note=BY_CONSTRUCTION)
-        figures = {"kl_reverse": zero, "kl_forward": zero, "tv": zero, "zero": zero}
-    elif law.kind == "weighted":
-        figures = _of_sweeps(law, reference, context)
-    else:
-        log_q = None if reference is None else law.log_q(reference, context)
-        if reference is not None and reference.enumerated and log_q is not None:
-            figures = _from_table(reference, context, log_q)
-        else:
-            figures = _from_draws(law, reference, context, log_q)
-    return figures | _effective(law, context) | _noise(law, reference, context)
+        return {"kl_reverse": zero, "kl_forward": zero, "tv": zero, "zero": zero}
+    if law.kind == "weighted":
+        return _of_sweeps(law, reference, context)
+    if law.kind == "found":
+        return _of_search(law, context)
+    log_q = None if reference is None else law.log_q(reference, context)
+    if reference is not None and reference.enumerated and log_q is not None:
+        return _from_table(reference, context, log_q)
+    if law.kind == "accepted":
+        return _as_measured(law, context)
+    return _from_draws(law, reference, context, log_q)
 
 
 def _from_table(reference: Reference, context: int, log_q: Tensor) -> dict[str, Figure]:
@@ -98,7 +97,7 @@ def _from_table(reference: Reference, context: int, log_q: Tensor) -> dict[str, 
 def _from_draws(law: Law, reference: Reference | None, context: int, log_q: Tensor | None) -> dict[str, Figure]:
     if not law.has_weights:
         return _without_density(law, reference, context)
-    log_w = _log_weights(law, context)
+    log_w = law.log_ratios(context)
     log_z, log_z_error, biased = _log_z(law, reference, context)
     lower = elbo(log_w)
     relation: Relation = "≈" if biased else "="
@@ -153,7 +152,10 @@ def _forward(log_w: Tensor, reference: Reference | None, context: int, log_q: Te
 
 
 def _without_density(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
-    """Best-of-n has a bound: KL(q‖π*) = KL(q‖π0) − E_q[Σ log φ] + log Z, KL(q‖π0) ≤ log n − (n−1)/n."""
+    """The share with γ = 0, and for best-of-n a bound by KL(q‖π0) ≤ log n − (n−1)/n.
+
+    KL(q‖π*) = KL(q‖π0) − E_q[Σ log φ] + log Z.
+    """
     unknown = missing(UNKNOWN_DENSITY)
     rows = law.draws.context == context
     evidence = log_evidence(law.draws.select(rows))
@@ -175,141 +177,68 @@ def _without_density(law: Law, reference: Reference | None, context: int) -> dic
     return figures
 
 
+def _of_search(law: Law, context: int) -> dict[str, Figure]:
+    """A search gives the same texts each time: their share with γ = 0 is no estimate, and there is no law."""
+    none = missing(FOUND)
+    evidence = log_evidence(law.draws.select(law.draws.context == context))
+    share = float((evidence == -math.inf).double().mean())
+    return {"kl_reverse": none, "kl_forward": none, "tv": none, "zero": Figure(share, 0.0)}
+
+
+def _as_measured(law: Law, context: int) -> dict[str, Figure]:
+    """The distances of quasi-rejection's law, as its run measured them."""
+    info = law.approximation.info
+    lower = info.get("distances_note")
+    heavy = float(info["khat"][context]) > KHAT_LIMIT
+    note = "; ".join([lower or MEASURED, *([HEAVY] if heavy else [])])
+    figures = {"zero": Figure(0.0, 0.0, note=NEVER_ACCEPTED)}
+    for column, name in (("kl_reverse", "reverse_kl"), ("kl_forward", "kl"), ("tv", "total_variation")):
+        value, error = float(info[name][context]), float(info[f"{name}_error"][context])
+        relation: Relation = "≥" if lower else "≈"
+        figures[column] = Figure(value, None if math.isnan(error) else error, relation=relation, note=note)
+    return figures
+
+
 def _of_sweeps(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
     """The law q of one draw of one sweep: KL(q‖π*) ≤ log Z − E[log Ẑ | Ẑ > 0] − log Pr(Ẑ > 0), and TV from it.
 
-    Chains have no such bound: what they have not reached shows nowhere.
+    Shown is the upper end of the bound's interval, by Student's t over the sweeps: TV is a convex function of the
+    bound, and of a noisy one that came out near 0 it would claim what nobody knows. Chains have no such bound: what
+    they have not reached shows nowhere.
     """
     unknown = missing(UNKNOWN_DENSITY)
     figures = {"kl_reverse": unknown, "kl_forward": unknown, "tv": unknown, "zero": Figure(0.0, 0.0, note=NO_MASS)}
     sweeps = law.approximation.info.get("log_z_sweeps")
     if sweeps is None:
         return figures
-    own, alive = sweeps[context], sweeps[context] > -math.inf
+    own, found = sweeps[context], sweeps[context][sweeps[context] > -math.inf]
+    if len(found) < 2:
+        few = missing(f"{len(found)} sweep{'s' * (len(found) != 1)} with Ẑ > 0: no bound without a spread")
+        return {**figures, "kl_reverse": few, "tv": few}
     log_z, error = float(torch.logsumexp(own, 0)) - math.log(len(own)), 0.0
     if reference is not None:
         log_z, error = float(reference.log_z[context]), float(reference.log_z_error[context])
-    found = own[alive]
-    value = max(0.0, log_z - float(found.mean()) - math.log(float(alive.double().mean())))
-    spread = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    total = math.hypot(spread, error)
+    alive = len(found) / len(own)
+    spread = math.hypot(float(found.std()) / math.sqrt(len(found)), math.sqrt((1 - alive) / (alive * len(own))))
+    half = Z_SCORE * widening(len(found)) * math.hypot(spread, 0.0 if math.isnan(error) else error)
+    value = log_z - float(found.mean()) - math.log(alive) + half
+    if value < 0:
+        noise = missing("the interval of log Z − E[log Ẑ], which is at least 0, lies below 0: noise")
+        return {**figures, "kl_reverse": noise, "tv": noise}
     trusted = reference is not None and reference.exact
-    note = SWEEPS if trusted else f"{SWEEPS}, {OWN_LOG_Z}"
     relation: Relation = "≤" if trusted else "≈"
-    figures["kl_reverse"] = Figure(value, None if math.isnan(total) else total, relation=relation, note=note)
+    note = SWEEPS if trusted else f"{SWEEPS}, {OWN_LOG_Z}"
+    figures["kl_reverse"] = Figure(value, relation=relation, note=note)
     tv = min(math.sqrt(value / 2), math.sqrt(-math.expm1(-value)))
-    figures["tv"] = Figure(tv, relation=relation, note=f"from KL(q‖π*): {note}")
+    figures["tv"] = Figure(tv, relation=relation, note=f"from KL(q‖π*) of {note}")
     return figures
-
-
-def _effective_draws(law: Law, context: int) -> Figure:
-    """Independent draws of π* that would be as good: the fewest over log π0, the length and each log φ.
-
-    For a scalar h it is Var(h)/SE(ĥ)², with the error that the sweeps or chains state.
-    """
-    rows = law.draws.context == context
-    draws, weights = law.draws.select(rows), law.weights[rows]
-    scalars = [draws.lengths.double(), *(value.double() for value in draws.log_factors.values())]
-    if draws.log_prior is not None:
-        scalars.append(draws.log_prior.double())
-    found = []
-    for values in scalars:
-        inside = weights > 0
-        centred = torch.where(inside, values - (weights[inside] * values[inside]).sum(), 0.0)
-        variance = float((weights * centred.square()).sum())
-        error = law.error_of_mean(weights * centred, context)
-        if variance > 0 and error > 0:
-            found.append(variance / error**2)
-        elif variance > 0 and math.isnan(error):
-            return missing("one sweep, or one chain that is too short, states no error")
-    return Figure(min(found), note=FEWEST) if found else missing("its draws do not differ")
-
-
-def _effective(law: Law, context: int) -> dict[str, Figure]:
-    rows = law.draws.context == context
-    count = int(rows.sum())
-    if law.kind == "weighted":
-        k_hat = law.approximation.info.get("khat")
-        value = math.nan if k_hat is None else float(k_hat[context])
-        notes = law.approximation.info.get("khat_note")
-        why = "chains have no weights" if k_hat is None else "undefined for these weights"
-        shown = missing(notes[context] if notes and notes[context] else why)
-        if not math.isnan(value):
-            shown = Figure(value, note=HEAVY if value > KHAT_LIMIT else "")
-        return {"ess": _effective_draws(law, context), "k_hat": shown}
-    if law.has_weights:
-        log_w = _log_weights(law, context)
-        if float(zero_weight_share(log_w)) == 1.0:
-            none = missing(ALL_ZERO)
-            return {"ess": Figure(0.0), "k_hat": none}
-        shape = pareto_khat(log_w)
-        k_hat = missing(shape.note)
-        if not math.isnan(shape.value):
-            k_hat = Figure(shape.value, note=HEAVY if shape.value > KHAT_LIMIT else "")
-        return {"ess": Figure(float(effective_sample_size(log_w))), "k_hat": k_hat}
-    if law.tabulated:
-        return {"ess": missing(TABLE), "k_hat": missing(TABLE)}
-    if law.kind == "posterior":
-        return {"ess": Figure(float(count)), "k_hat": missing("draws from π* have no weights")}
-    return {"ess": missing(NO_WEIGHTS), "k_hat": missing(NO_WEIGHTS)}
-
-
-def _noise(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
-    """TV between the (weighted) empirical law of the draws and π*, beside what as many exact draws would show."""
-    if reference is None or not reference.enumerated:
-        reason = missing("needs the table of π*: outcomes are too many")
-        return {"tv_draws": reason, "tv_draws_exact": reason}
-    if law.tabulated:
-        reason = missing(TABLE)
-        return {"tv_draws": reason, "tv_draws_exact": reason}
-    table, drawn = reference.draws.context == context, law.draws.context == context
-    mass: dict[object, float] = {}
-    weights = law.weights[drawn].tolist()
-    for key, weight in zip(law.draws.select(drawn).keys(), weights, strict=True):
-        mass[key] = mass.get(key, 0.0) + weight
-    p = reference.weights[table].cpu()
-    keys = reference.draws.select(table).keys()
-    distance = sum(abs(mass.pop(key, 0.0) - q) for key, q in zip(keys, p.tolist(), strict=True)) + sum(mass.values())
-    weighted = law.kind in ("proposal", "weighted")
-    number = _effective(law, context)["ess"].value if weighted else float(len(weights))
-    return {
-        "tv_draws": Figure(0.5 * distance),
-        "tv_draws_exact": Figure(expected_total_variation(p, max(1, round(number or 1.0)))),
-    }
-
-
-def expected_total_variation(probabilities: Tensor, num_draws: int) -> float:
-    """E[TV] between a law and the empirical law of n independent draws of it: ½ Σ_x E|k_x/n − p_x|.
-
-    By de Moivre's identity E|k − np| = 2 (m+1) C(n, m+1) p^(m+1) (1−p)^(n−m), m = ⌊np⌋, exactly.
-
-    Parameters
-    ----------
-    probabilities : Tensor (S,)
-        p_x, summing to 1.
-    num_draws : int
-        n ≥ 1.
-    """
-    p = probabilities.double()
-    p = p[(p > 0) & (p < 1)]
-    n = torch.tensor(float(num_draws), dtype=torch.float64)
-    m = torch.floor(n * p).clamp_max(num_draws - 1)
-    log_choose = torch.lgamma(n + 1) - torch.lgamma(m + 2) - torch.lgamma(n - m)
-    log_mean = math.log(2.0) + torch.log(m + 1) + log_choose + (m + 1) * torch.log(p) + (n - m) * torch.log1p(-p)
-    return 0.5 * float(log_mean.exp().sum()) / num_draws
-
-
-def _log_weights(law: Law, context: int) -> Tensor:
-    log_w = log_ratios(law.draws)
-    assert log_w is not None
-    return log_w[law.draws.context == context].double().cpu()
 
 
 def _log_z(law: Law, reference: Reference | None, context: int) -> tuple[float, float, bool]:
     """log Z, its standard error, and whether it is the row's own."""
     if reference is not None:
         return float(reference.log_z[context]), float(reference.log_z_error[context]), not reference.exact
-    log_w = _log_weights(law, context)
+    log_w = law.log_ratios(context)
     return float(torch.logsumexp(log_w, 0)) - math.log(len(log_w)), 0.0, True
 
 

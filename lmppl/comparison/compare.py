@@ -14,6 +14,7 @@ from lmppl.comparison.laws import Law, law_of
 from lmppl.comparison.reference import TABLE_GUARD, Reference
 from lmppl.comparison.result import Comparison, Row
 from lmppl.comparison.summaries import summaries
+from lmppl.comparison.worth import worth
 from lmppl.errors import InterruptedRun, LmpplError, ModelError, SupportTooLarge
 from lmppl.inference.approximation import Approximation, ExactTable
 from lmppl.inference.engine import Budget, Engine, Guarantee, require_instance
@@ -69,13 +70,15 @@ def compare(
     - an engine whose draws carry weights w = γ/q (importance sampling): the divergences are those of its proposal q,
       before weighting. Its log Z, means and KL to the prior are estimates under π*, corrected by the weights, and
       ESS and k̂ say how far the correction can be trusted;
-    - sweeps of particles, and chains: their means are estimates under π*, with the error of the sweeps or chains. One
-      draw has no known density; of a sweep KL(q‖π*) ≤ log Z − E[log Ẑ] is shown. Their ESS is the number of
-      independent draws of π* that would leave the same errors;
+    - sweeps of particles, and chains: their means are estimates under π*, with the error of the sweeps or chains,
+      widened by Student's t where they are few. One draw has no known density; of a sweep KL(q‖π*) ≤ log Z − E[log Ẑ]
+      is shown, by the upper end of its interval. Their ESS is the number of independent draws of π* that would leave
+      the same errors, at most that of the weights; fewer than four sweeps have none;
     - a language model: q itself, taken as it is; the weights γ/q only measure it. To correct it instead, pass
       `Importance(proposal=q)`. The prior is always the first row;
-    - a heuristic: its own law; best-of-n has the bound KL(q‖π0) ≤ log n − (n−1)/n, and its exact law where π* is a
-      table.
+    - a heuristic: its own law. A decoding-time law is a language model, measured as such; best-of-n has the bound
+      KL(q‖π0) ≤ log n − (n−1)/n, and its exact law where π* is a table; a search has no law;
+    - quasi-rejection: the law of what it accepts, exactly where π* is a table, else as its run measured it.
 
     Columns, in nats: log Z with its 95 % interval; KL of the row's law to π0; the mean of every raw feature and the
     share that satisfies every hard constraint; KL(q‖π*) = log Z − E_q[log w], ∞ where q can violate a hard constraint;
@@ -264,9 +267,15 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
         return Row(run.label, guarantee, "", {}, repeats=0, reason=run.reason, error=run.error), []
     laws = [run.law(a) for a in run.done]
     contexts = range(model.prior.num_contexts)
-    table = [[closeness(law, reference, c) | summaries(law, reference, model, c) for c in contexts] for law in laws]
+    table = [
+        [
+            closeness(law, reference, c) | worth(law, reference, c) | summaries(law, reference, model, c)
+            for c in contexts
+        ]
+        for law in laws
+    ]
     by_repeat = [_combine(row, average) for row in table]
-    guarantee = "as is" if laws[0].kind == "policy" else run.done[0].guarantee.value
+    guarantee = "as is" if isinstance(run.entrant, LanguageModel) else run.done[0].guarantee.value
     status = "interrupted" if any(a.status == "interrupted" for a in run.done) else "complete"
     costs = [_cost(a, figures) for a, figures in zip(run.done, table, strict=True)]
     figures = _combine(by_repeat, _over_repeats) | _combine(costs, _over_repeats)
@@ -298,9 +307,7 @@ def _cost(approximation: Approximation, contexts: Sequence[dict[str, Figure]]) -
     cost = {name: Figure(float(value)) for name, value in approximation.cost.as_dict().items()}
     effective = [f["ess"].value for f in contexts]
     total = sum(v for v in effective if v is not None)
-    if None in effective:
-        per_draw = missing(contexts[0]["ess"].note)
-    else:
-        per_draw = Figure(approximation.cost.lm_tokens / total if total else math.inf)
+    unknown = next((f["ess"] for f in contexts if f["ess"].value is None), None)
+    per_draw = unknown or Figure(approximation.cost.lm_tokens / total if total else math.inf)
     per_context = len(approximation.draws) / approximation.draws.num_contexts
     return {"draws": Figure(per_context), **cost, "tokens_per_draw": per_draw}

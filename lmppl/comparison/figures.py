@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Figure", "Relation", "average", "caution", "missing", "spread", "worst"]
+from lmppl.diagnostics.weights import KHAT_LIMIT
+
+__all__ = ["BY_CONSTRUCTION", "HEAVY", "Figure", "Relation", "average", "caution", "missing", "spread", "worst"]
 
 Relation = Literal["=", "≈", "≤", "≥"]
 BY_CONSTRUCTION = "0 by construction: its draws are from π*"
+HEAVY = f"k̂ > {KHAT_LIMIT}: weighted figures of this row are not to be trusted"
 CONTEXTS = re.compile(r"^contexts [\d, ]+: ")
 METHODS = ("delta method", "empirical Bernstein", "Clopper–Pearson", BY_CONSTRUCTION)  # say how, not how far to trust
 
@@ -25,7 +28,8 @@ class Figure:
     value : float or None
         None where it cannot be computed; `note` then says why.
     error : float, optional
-        Standard error of `value`; 0 where it is exact; None where no honest one is known.
+        Standard error of `value`, wider by Student's t where few sweeps or chains state it; 0 where it is exact; None
+        where no honest one is known.
     interval : (float, float), optional
         Confidence interval at 95 %.
     relation : {"=", "≈", "≤", "≥"}

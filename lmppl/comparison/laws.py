@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -10,20 +11,26 @@ import torch
 from torch import Tensor
 
 from lmppl.comparison.reference import Reference
-from lmppl.inference.approximation import Approximation, ExactTable
-from lmppl.inference.best_of_n import BestOfN, best_of_n_law
-from lmppl.inference.coverage import positive_everywhere
+from lmppl.errors import SupportTooLarge
+from lmppl.inference.approximation import Approximation, ExactTable, widening
+from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
+from lmppl.inference.coverage import coverage_note, positive_everywhere
 from lmppl.inference.engine import Guarantee
+from lmppl.inference.quasi_rejection import QuasiRejection
+from lmppl.inference.steered_decoding import SteeredSampler
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.target import log_evidence
 from lmppl.sequences import Draws
 
 __all__ = ["Law", "law_of"]
 
-NO_WEIGHTS = "a heuristic: its draws have no weights towards π*"
+NO_WEIGHTS = "its draws are of another law than π*, without weights"
 NO_LOG_Z = "chains give no estimate of log Z"
+ALL_ZERO = "every draw has γ = 0"
+FOUND = "the outcome of a search, which has no law"
+UNKNOWN_DENSITY = "log q of its draws is not known"
 
-Kind = Literal["posterior", "proposal", "weighted", "policy", "other"]
+Kind = Literal["posterior", "proposal", "weighted", "policy", "accepted", "found", "other"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +42,23 @@ class Law:
     kind : str
         "posterior": q = π* by construction. "proposal": draws of q, which the engine's weights w = γ/q correct.
         "weighted": particles of sweeps, or chains, whose (weighted) means stand for π*, while one draw has no known
-        density. "policy": draws of q, taken as they are; the weights only measure. "other": the density of q is not
-        known.
+        density. "policy": draws of q, taken as they are; the weights only measure. "accepted": proposals that
+        quasi-rejection accepted, of the law ∝ min(γ, M_q q), which its engine measures. "found": what a search without
+        randomness found, which has no law. "other": the density of q is not known.
     q : str
         Its name, for people.
     approximation : Approximation
     density : LanguageModel, optional
         Scores log q.
+    scored : dict
+        log q of references' rows, by reference and context, once computed.
     """
 
     kind: Kind
     q: str
     approximation: Approximation
     density: LanguageModel | None = None
+    scored: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
     def draws(self) -> Draws:
@@ -71,7 +82,7 @@ class Law:
         By a factor that can be −inf, or where another LM than the prior draws what π0 may exclude.
         """
         model = self.approximation.model
-        if self.kind in ("posterior", "weighted"):
+        if self.kind in ("posterior", "weighted", "accepted", "found"):
             return False
         if model is None or any(f.hard is not False for f in model.factors):
             return True
@@ -85,12 +96,46 @@ class Law:
         counts = torch.bincount(self.draws.context, minlength=self.draws.num_contexts)
         return 1.0 / counts[self.draws.context].double()
 
+    @cached_property
+    def all_log_ratios(self) -> Tensor:
+        """(N,) log γ − log q of independent draws of q, before any smoothing of the weights."""
+        known = log_ratios(self.draws)
+        if known is not None:
+            return known
+        log_prior, log_q = self.draws.log_prior, self.draws.log_q
+        assert log_prior is not None
+        assert log_q is not None
+        alive = log_prior > -math.inf
+        return torch.where(alive, log_prior.double() + log_evidence(self.draws) - log_q.double(), -math.inf)
+
+    def log_ratios(self, context: int) -> Tensor:
+        """(n,) those of one context."""
+        return self.all_log_ratios[self.draws.context == context].double().cpu()
+
+    @property
+    def coverage(self) -> str:
+        """Why q may not cover π*, so that weights γ/q see too little; "" where nothing speaks against it."""
+        model = self.approximation.model
+        if model is None or self.density is None or self.density is model.prior:
+            return ""
+        return coverage_note(self.density, model.prior).replace("the proposal", "q")
+
     def error_of_mean(self, influence: Tensor, context: int) -> float:
         """The standard error of a mean under the weights, from w̄ (f − f̂) of the draws of one context."""
         return float(self.approximation.error_of_mean(influence, self.draws.context == context))
 
+    def widening(self, context: int) -> float:
+        """By how much the error of so few sweeps or chains is to be taken wider, after Student's t."""
+        return widening(self.approximation.clusters(self.draws.context == context))
+
     def log_q(self, reference: Reference, context: int) -> Tensor | None:
         """(S,) log q of the reference's rows of one context, in nats; None where it cannot be computed."""
+        key = id(reference), context
+        if key not in self.scored:
+            self.scored[key] = self._log_q(reference, context)
+        return self.scored[key]
+
+    def _log_q(self, reference: Reference, context: int) -> Tensor | None:
         rows = reference.draws.context == context
         model = self.approximation.model
         if self.density is not None and model is not None and self.density is model.prior:
@@ -99,14 +144,38 @@ class Law:
         if self.density is not None:
             return self.density.score(reference.draws.select(rows).sequences)
         engine = self.approximation.engine
+        if self.kind == "accepted" and reference.enumerated:
+            return self._log_accepted(reference, context)
         if isinstance(engine, BestOfN) and reference.enumerated:
             table = reference.draws.select(rows)
             score = (
                 log_evidence(table) if engine.score is None else {**table.features, **table.log_factors}[engine.score]
             )
             assert table.log_prior is not None
-            return best_of_n_law(table.log_prior, score, engine.n)
+            if engine.soft is None:
+                return best_of_n_law(table.log_prior, score, engine.n)
+            try:
+                return soft_best_of_n_law(table.log_prior, score, engine.n, engine.soft)
+            except SupportTooLarge:
+                return None
         return None
+
+    def _log_accepted(self, reference: Reference, context: int) -> Tensor | None:
+        """(S,) log of the law ∝ min(γ, M_q q) on the table of one context, given the bound that the run chose."""
+        rows, model = reference.draws.context == context, self.approximation.model
+        proposal = getattr(self.approximation.engine, "proposal", None)
+        if isinstance(proposal, Approximation):
+            proposal = proposal.as_language_model()
+        if proposal is None or (model is not None and proposal is model.prior):
+            log_q = reference.draws.log_prior
+            log_q = None if log_q is None else log_q[rows]
+        else:
+            log_q = proposal.score(reference.draws.select(rows).sequences)
+        if log_q is None:
+            return None
+        log_bound = float(self.approximation.info["log_bound"][context])
+        accepted = torch.minimum(reference.log_gamma[rows], log_bound + log_q.double())
+        return accepted - torch.logsumexp(accepted, 0)
 
     @property
     def kl_to_prior_bound(self) -> float | None:
@@ -126,6 +195,12 @@ def law_of(approximation: Approximation, policy: LanguageModel | None = None) ->
     """
     if policy is not None:
         return Law("policy", "itself", approximation, policy)
+    if isinstance(approximation, SteeredSampler):
+        return Law("policy", "its own", approximation, approximation.as_language_model())
+    if "searched" in approximation.info:
+        return Law("found", "—", approximation)
+    if isinstance(approximation.engine, QuasiRejection):
+        return Law("accepted", "its own", approximation)
     if approximation.guarantee is Guarantee.EXACT:
         return Law("posterior", "π*", approximation)
     if approximation.guarantee is not Guarantee.HEURISTIC and weights_are_ratios(approximation.draws):

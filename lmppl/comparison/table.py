@@ -162,7 +162,7 @@ def _superscript(number: int) -> str:
 def caption(comparison: Comparison) -> list[str]:
     """What must be known to read the tables: units, averages, reference, and an interruption."""
     known = comparison.reference
-    lines = ["Nats; ± is one standard error, brackets are 95 % intervals."]
+    lines = ["Nats; ± is one standard error (wider, by Student's t, of few sweeps or chains), brackets 95 % intervals."]
     if comparison.repeats > 1:
         lines[0] += f" Means of {comparison.repeats} runs, seeds from {comparison.seed}; sd is the spread between runs."
     if len(comparison.contexts) > 1:

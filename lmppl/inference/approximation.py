@@ -24,10 +24,24 @@ from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate
 from lmppl.sequences import Cost, Draws, Estimate, Sequences
 
-__all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler"]
+__all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler", "widening"]
 
 LEVEL = 0.95
 Z_SCORE = 1.959963984540054  # Φ⁻¹(0.975)
+
+
+def widening(clusters: int | None) -> float:
+    """t/z at 97.5 %: by how much the spread of so few independent sets of draws is to be taken wider; 1 for None.
+
+    s of n sets has n − 1 degrees of freedom: 6.5 for two, 1.2 for eight, 1.02 for 64.
+    """
+    if clusters is None:
+        return 1.0
+    if clusters < 2:
+        return math.nan
+    from scipy import stats  # imports much, and changes warning filters
+
+    return float(stats.t.ppf((1.0 + LEVEL) / 2.0, clusters - 1)) / Z_SCORE
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +85,8 @@ class Approximation:
         """E_π*[f], one value per context, with its error.
 
         Self-normalised: f̂ = Σ w̄ f, standard error √(Σ w̄² (f − f̂)²), interval f̂ ± 1.96 standard errors
-        (`hesterberg1995`, `owen2000`). It inherits the weights' blind spots: unseen mass does not show, and where all
+        (`hesterberg1995`, `owen2000`); of few sweeps or chains Student's t takes the place of 1.96. It inherits the
+        weights' blind spots: unseen mass does not show, and where all
         draws agree the interval is nan. A heuristic engine's figure is about its own law, as the note says.
 
         Parameters
@@ -90,7 +105,8 @@ class Approximation:
         value, error = torch.stack(means), torch.stack(errors)
         if isinstance(self, ExactTable) and self.enumerated:
             return Estimate(value, torch.stack([value, value], -1), 1.0, "exact", torch.zeros_like(value))
-        half = torch.where(error > 0, Z_SCORE * error, torch.nan)
+        few = [widening(self.clusters(self.draws.context == c)) for c in range(self.draws.num_contexts)]
+        half = torch.where(error > 0, Z_SCORE * error.new_tensor(few) * error, torch.nan)
         notes = []
         if self.guarantee is Guarantee.HEURISTIC:
             notes.append("an expectation under the engine's own law, not under π*")
@@ -118,6 +134,10 @@ class Approximation:
     def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
         """The standard error of a weighted mean of one context from w̄ (f − f̂) (n,) of its draws, `rows` (N,) bool."""
         return influence.square().sum().sqrt()
+
+    def clusters(self, rows: Tensor) -> int | None:
+        """How many independent sets of the draws `rows` (N,) bool `error_of_mean` compares; None: single draws."""
+        return None
 
     def _column(self, fn: str | Callable[..., Any] | Feature) -> Tensor:
         if isinstance(fn, str):
@@ -155,6 +175,10 @@ class Particles(Approximation):
         sums = influence.new_zeros(count).index_add_(0, of, influence)
         return (sums.square().sum() * count / (count - 1)).sqrt()
 
+    def clusters(self, rows: Tensor) -> int | None:
+        sweep = self.draws.columns.get("sweep")
+        return None if sweep is None else len(sweep[rows].unique())
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chains(Approximation):
@@ -167,7 +191,7 @@ class Chains(Approximation):
     """
 
     def error_of_mean(self, influence: Tensor, rows: Tensor) -> Tensor:
-        from lmppl.diagnostics.chains import MANY_CHAINS, SEEN_STEPS, mcse
+        from lmppl.diagnostics.chains import mcse
 
         chain, step = (self.draws.columns[name][rows] for name in ("chain", "step"))
         count = len(chain.unique())
@@ -175,9 +199,15 @@ class Chains(Approximation):
         values = (influence * len(influence))[order].view(count, -1)
         if float(values.max()) == float(values.min()):
             return influence.new_zeros(())
-        if count >= MANY_CHAINS or values.shape[1] < SEEN_STEPS:
+        if self.clusters(rows) is not None:
             return values.mean(1).std() / math.sqrt(count)
         return influence.new_tensor(mcse(values).value)
+
+    def clusters(self, rows: Tensor) -> int | None:
+        from lmppl.diagnostics.chains import MANY_CHAINS, SEEN_STEPS
+
+        count = len(self.draws.columns["chain"][rows].unique())
+        return count if count >= MANY_CHAINS or int(rows.sum()) < SEEN_STEPS * count else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

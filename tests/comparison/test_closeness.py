@@ -8,17 +8,38 @@ import math
 import pytest
 import torch
 
-from lmppl.comparison import Reference, compare
-from lmppl.comparison.closeness import closeness, expected_total_variation
-from lmppl.comparison.laws import law_of, weights_are_ratios
-from lmppl.inference import BestOfN, Exact, Importance, Rejection, best_of_n_law, infer
+from lmppl.comparison import Figure, Reference, compare
+from lmppl.comparison.closeness import closeness as divergences
+from lmppl.comparison.laws import Law, law_of, weights_are_ratios
+from lmppl.comparison.worth import expected_total_variation, worth
+from lmppl.inference import (
+    AIS,
+    SMC,
+    Beam,
+    BestOfN,
+    Exact,
+    Greedy,
+    Importance,
+    QuasiRejection,
+    Rejection,
+    Splitting,
+    TemperedSMC,
+    WeightedDecoding,
+    best_of_n_law,
+    infer,
+    soft_best_of_n_law,
+)
 from lmppl.inference.mcmc import MCMC
-from lmppl.inference.smc import SMC
 from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Model, Reward
 from tests.models import ENUMERABLE, BruteForce, brute_force, count_of, enumerable_lm, has_no, wavy
 
 HARD = Constraint(has_no("b"), name="no b")
+
+
+def closeness(law: Law, reference: Reference | None, context: int) -> dict[str, Figure]:
+    """All figures about draws: of their law, and of what they are worth."""
+    return divergences(law, reference, context) | worth(law, reference, context)
 
 
 def soft_model(kind: str) -> Model:
@@ -188,7 +209,10 @@ def test_what_no_draw_shows_is_bounded_not_zero() -> None:
     table = compare(model, {"policy": prior, "best": best}, num_draws=20)
     assert table["policy"]["kl_reverse"].value == math.inf
     assert table["policy"]["zero"].value == pytest.approx(0.01)
-    assert (table["best"]["satisfied:no b"].relation, table["best"]["satisfied:no b"].value < 1) == ("≥", True)
+    holds = table["best"]["satisfied:no b"]
+    assert (holds.value, holds.relation) == (pytest.approx(1 - 0.01**2), "=")  # by the table
+    holds = compare(model, {"best": best}, infer(model, Rejection(), 20), num_draws=20)["best"]["satisfied:no b"]
+    assert (holds.value, holds.relation) == (pytest.approx(0.05 ** (1 / 20)), "≥")
 
 
 def test_expected_total_variation_is_that_of_the_multinomial() -> None:
@@ -235,11 +259,184 @@ def test_sweeps_and_chains_speak_of_the_posterior_with_their_own_errors(kind: st
     assert chains["kl_reverse"].value is None
 
 
-def test_one_sweep_states_no_effective_size() -> None:
+def test_one_sweep_states_no_effective_size_and_no_bound() -> None:
     model = soft_model("tabular")
     law = law_of(infer(model, SMC(16), 16, seed=0))
     assert law.kind == "weighted"
-    figures = closeness(law, None, 0)
+    figures = closeness(law, Reference.of(infer(model, Exact()), model), 0)
     assert figures["ess"].value is None
     assert "no error" in figures["ess"].note
-    assert figures["kl_reverse"].relation == "≈"  # its own log Z
+    assert (figures["kl_reverse"].value, figures["tv"].value) == (None, None)
+    assert "1 sweep with" in figures["tv"].note
+
+
+@pytest.mark.parametrize("engine", [SMC(16), TemperedSMC(16), Splitting(16)], ids=lambda e: e.name)
+def test_the_spread_of_few_sweeps_states_no_effective_size(engine) -> None:
+    """1/s² of fewer than four sweeps has no mean: nothing is shown, LM tokens per effective draw included."""
+    model = soft_model("tabular")
+    for sweeps in (2, 3):
+        row = compare(model, [engine], num_draws=16 * sweeps)[str(engine)]
+        assert row["ess"].value is None
+        assert f"{sweeps} sweeps: too few" in row["ess"].note
+        assert (row["tokens_per_draw"].value, row["tv_draws_exact"].value) == (None, None)
+        assert row["tv_draws"].value is not None
+
+
+@pytest.mark.parametrize("engine", [AIS(64), SMC(16), TemperedSMC(16), Splitting(16)], ids=lambda e: e.name)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_is_worth_more_than_its_weights(engine, seed) -> None:
+    result = infer(soft_model("tabular"), engine, 64, seed=seed)
+    for c in range(2):
+        own = result.draws.log_weight[result.draws.context == c].double()
+        kish = float(torch.exp(2 * torch.logsumexp(own, 0) - torch.logsumexp(2 * own, 0)))
+        figure = worth(law_of(result), None, c)["ess"]
+        assert figure.value <= kish * (1 + 1e-9)
+        assert figure.value <= len(own)
+
+
+def test_errors_of_few_sweeps_are_widened_by_student() -> None:
+    """s of two sweeps: ± is t/z = 6.48 times what a normal law would say, and the interval of `expectation` too."""
+    model = soft_model("tabular")
+    result = infer(model, SMC(16), 32, seed=1)
+    mean = result.expectation("wavy")
+    half = float(mean.interval[0, 1] - mean.interval[0, 0]) / 2
+    assert half == pytest.approx(12.7062 * float(mean.standard_error[0]), rel=1e-5)
+    row = compare(model, {"sweeps": result}).per_context[2]
+    assert (row.label, row.context) == ("sweeps", 0)
+    assert row["mean:wavy"].error == pytest.approx(12.7062 / 1.95996 * float(mean.standard_error[0]), rel=1e-4)
+
+
+def test_bounds_of_sweeps_hold_in_spite_of_noise() -> None:
+    """Where log Ẑ of few sweeps lies around log Z by chance, the bounds of KL and TV come from the interval's end."""
+    model = soft_model("tabular") * HARD
+    exact = Reference.of(infer(model, Exact()), model)
+    gaps = []
+    for seed in range(12):
+        law = law_of(infer(model, SMC(8), 32, seed=seed))
+        found = law.approximation.info["log_z_sweeps"][0]
+        figures = divergences(law, exact, 0)
+        gap = float(exact.log_z[0] - found.mean())
+        half = 3.18245 * float(found.std()) / 2  # Student's t of four sweeps
+        gaps.append(gap)
+        if gap + half < 0:
+            assert figures["tv"].value is None
+            assert "noise" in figures["tv"].note
+            continue
+        assert figures["kl_reverse"].value == pytest.approx(gap + half, rel=1e-4)
+        assert figures["tv"].value == pytest.approx(math.sqrt((gap + half) / 2), rel=1e-4)
+        assert figures["kl_reverse"].relation == figures["tv"].relation == "≤"
+    assert min(gaps) < 0  # a mutant that clips the gap itself would bound TV by 0
+
+
+def test_quasi_rejection_shows_its_distances_and_never_violates() -> None:
+    """Against the law min(γ, M π0)/Z_q written out, on the table; as measured where there is none."""
+    model = soft_model("tabular") * HARD
+    result = infer(model, QuasiRejection(bound=1.0), 400, seed=1)
+    law, exact = law_of(result), Reference.of(infer(model, Exact()), model)
+    sampled = Reference.of(infer(model, Rejection(), 50), model)
+    for c in range(2):
+        brute = brute_force(model, c)
+        capped = brute.log_prior + torch.minimum(brute.log_phi, result.info["log_bound"][c])
+        log_q = capped - torch.logsumexp(capped, 0)
+        figures, measured = divergences(law, exact, c), divergences(law, sampled, c)
+        tv = float((log_q.exp() - brute.log_posterior.exp()).abs().sum()) / 2
+        assert tv > 0.01
+        assert figures["tv"].value == pytest.approx(tv, abs=1e-9)
+        assert figures["kl_reverse"].value == pytest.approx(kl(log_q, brute.log_posterior), abs=1e-9)
+        assert figures["kl_forward"].value == pytest.approx(kl(brute.log_posterior, log_q), abs=1e-9)
+        for name in ("tv", "kl_reverse", "kl_forward"):
+            assert abs(measured[name].value - figures[name].value) < 4.5 * measured[name].error, name
+            assert measured[name].relation == "≈"
+        assert (figures["zero"].value, measured["zero"].value) == (0.0, 0.0)
+    assert measured["tv"].value == float(result.info["total_variation"][1])
+    for reference in (None, infer(model, Rejection(), 50)):
+        row = compare(model, {"quasi": result}, reference)["quasi"]
+        assert (row.guarantee, row["satisfied:no b"].value, row["satisfied:no b"].relation) == ("approximate", 1.0, "=")
+        assert "heuristic" not in row["ess"].note
+    expected = []
+    for c in range(2):
+        brute = brute_force(model, c)
+        capped = brute.log_prior + torch.minimum(brute.log_phi, result.info["log_bound"][c])
+        log_q = capped - torch.logsumexp(capped, 0)
+        expected.append(kl(log_q, brute.log_prior))
+    exactly = compare(model, {"quasi": result})["quasi"]["kl_to_prior"]
+    assert (exactly.value, exactly.error) == (pytest.approx(sum(expected) / 2, abs=1e-9), 0.0)
+    assert abs(row["kl_to_prior"].value - exactly.value) < 4.5 * row["kl_to_prior"].error
+
+
+def test_a_proposal_that_may_not_cover_leaves_lower_bounds_of_the_distances() -> None:
+    prior = TabularLM([0.4, 0.4, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
+    narrow = TabularLM([0.8, 0.0, 0.2], ["a", "b", "<eos>"], max_new_tokens=3)
+    model = prior * Reward(count_of("a"), beta=1, upper=3, name="a")
+    result = infer(model, QuasiRejection(proposal=narrow), 50)
+    figures = divergences(law_of(result), None, 0)
+    assert figures["tv"].relation == "≥"
+    assert "may not cover" in figures["tv"].note
+
+
+def test_a_decoded_law_is_measured_by_the_log_q_that_it_keeps() -> None:
+    """The row of `WeightedDecoding` has the figures of the LM that it decodes, passed as it is."""
+    model = soft_model("tabular") * Constraint(has_no("bb"), prefix_closed=True, name="no bb")
+    result = infer(model, WeightedDecoding(), 200, seed=3)
+    table = compare(model, {"engine": result, "lm": result.as_language_model()}, num_draws=200, seed=3)
+    engine, lm = table["engine"], table["lm"]
+    for name in ("kl_reverse", "kl_forward", "tv", "zero"):
+        assert engine[name].value == pytest.approx(lm[name].value, abs=1e-9)
+        assert engine[name].error == 0.0
+    assert (engine.guarantee, lm.guarantee) == ("heuristic", "as is")
+    for c in range(2):
+        brute = brute_force(model, c)
+        log_q = log_prob_of(result.as_language_model(), brute)
+        figures = divergences(law_of(result), Reference.of(infer(model, Exact()), model), c)
+        assert figures["kl_forward"].value == pytest.approx(kl(brute.log_posterior, log_q), abs=1e-9)
+        rows = result.draws.context == c
+        log_w = law_of(result).log_ratios(c)
+        log_gamma = result.draws.log_prior[rows].double() + sum(v[rows] for v in result.draws.log_factors.values())
+        assert torch.allclose(log_w, log_gamma - result.draws.log_q[rows].double())
+        found = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
+        (row,) = [r for r in table.per_context if r.label == "engine" and r.context == c]
+        assert row["log_z"].value == pytest.approx(found)
+        assert row["ess"].value <= 200
+    assert engine["kl_to_prior"].error > 0
+
+
+def test_a_decoded_law_that_is_truncated_says_so_beside_its_log_z() -> None:
+    prior = enumerable_lm("tabular")
+    model = prior * Constraint(has_no("bb"), prefix_closed=True, name="no bb")
+    row = compare(model, [WeightedDecoding(top_k=2)], num_draws=50)["weighted_decoding(top_k=2)"]
+    assert "may not cover" in row["log_z"].note
+
+
+@pytest.mark.parametrize("engine", [Greedy(), Beam(3)], ids=lambda e: e.name)
+def test_a_search_is_no_sample(engine) -> None:
+    """What it found has the share that it has: no bounds as of draws, no errors, and a bound of log Z said once."""
+    model = soft_model("tabular") * HARD
+    result = infer(model, engine)
+    row = compare(model, {"found": result})["found"]
+    zero = [
+        float((result.draws.log_factors["no b"][result.draws.context == c] == -math.inf).double().mean())
+        for c in range(2)
+    ]
+    assert (row["zero"].value, row["zero"].relation, row["zero"].error) == (sum(zero) / 2, "=", 0.0)
+    assert (row["satisfied:no b"].value, row["satisfied:no b"].relation) == (1 - sum(zero) / 2, "=")
+    assert (row["mean:wavy"].error, row["mean:wavy"].note) == (0.0, "")
+    assert (row["log_z"].relation, row["log_z"].interval) == ("≥", None)
+    assert "search" in row["tv"].note
+
+
+def test_soft_best_of_n_on_a_table_has_its_own_law() -> None:
+    model = soft_model("tabular")
+    row = compare(model, {"soft": BestOfN(3, soft=1.0), "hard": BestOfN(3)}, num_draws=20)
+    expected = []
+    for c in range(2):
+        brute = brute_force(model, c)
+        expected.append(kl(soft_best_of_n_law(brute.log_prior, brute.log_phi, 3, 1.0), brute.log_posterior))
+    assert row["soft"]["kl_reverse"].value == pytest.approx(sum(expected) / 2, abs=1e-9)
+    assert row["hard"]["kl_reverse"].value != pytest.approx(sum(expected) / 2, abs=1e-3)
+
+
+def test_particles_that_branch_are_not_called_chains() -> None:
+    model = soft_model("tabular")
+    notes = [worth(law_of(infer(model, e, 64)), None, 0)["k_hat"].note for e in (Splitting(16), MCMC(16))]
+    assert "branch" in notes[0]
+    assert notes[1] == "chains have no weights"
