@@ -55,7 +55,7 @@ def next_level(log_weights: Tensor, log_phi: Tensor, level: float, ess_target: f
 
 def check_ladder(who: str, ladder: tuple[float, ...]) -> None:
     """Raise `ModelError` where a ladder that is given does not rise from 0 to 1."""
-    numbers = all(isinstance(step, int | float) for step in ladder)
+    numbers = isinstance(ladder, tuple | list) and all(type(step) in (int, float) for step in ladder)
     rising = numbers and all(a < b for a, b in itertools.pairwise(ladder))
     if not rising or len(ladder) < 2 or ladder[0] != 0.0 or ladder[-1] != 1.0:
-        raise ModelError(f"{who}: got ladder={ladder}, expected rising numbers from 0.0 to 1.0")
+        raise ModelError(f"{who}: got ladder={ladder!r}, expected a tuple of numbers that rise from 0 to 1")

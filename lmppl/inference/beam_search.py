@@ -16,6 +16,7 @@ from lmppl.inference.approximation import Particles
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.guided import GuidedLM
 from lmppl.inference.refusals import first_context
+from lmppl.inference.twists.exclusions import try_exclusions
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.frontier import Frontier
 from lmppl.lm.randomness import Source
@@ -103,7 +104,9 @@ class Beam(Engine):
             )
         if lm is not target.prior:
             found = found.with_columns(log_prior=target.log_prior(found))
-        return Part(shard, target.evaluate(found), info={"searched": names})
+        found = target.evaluate(found)
+        try_exclusions(target, [f for f in target.factors if f.name in names], found, shard.seed)
+        return Part(shard, found, info={"searched": names})
 
     def merge(self, parts: Sequence[Part]) -> Particles:
         """As `Engine.merge`."""

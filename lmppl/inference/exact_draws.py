@@ -36,8 +36,12 @@ def log_z_holding(
     Raises
     ------
     ModelError
-        Where the draws are weighted, or a context has none.
+        Where they are no draws, are weighted, or a context has none.
     """
+    if not isinstance(exact_draws, Draws):
+        raise ModelError(
+            f"{who}: got {type(exact_draws).__name__}, expected exact draws, such as `infer(model, Rejection()).draws`"
+        )
     log_weight = exact_draws.log_weight
     if log_weight is not None and float(log_weight.max() - log_weight.min()) != 0.0:
         raise ModelError(f"{who}: got weighted draws, expected equally weighted exact ones, as `Rejection` gives them")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmppl.errors import ModelError
+from lmppl.errors import FactorError, ModelError
 from lmppl.inference.coverage import truncates
 from lmppl.inference.steered_decoding import SteeredLM, steered_step
 from lmppl.lm.base import LanguageModel
@@ -20,7 +20,7 @@ from lmppl.lm.derived import count_base
 from lmppl.lm.truncation import check_truncation, keep_top_k
 from lmppl.modeling.factors import Factor, Incremental, missing_members
 from lmppl.modeling.function_contents import content_digest
-from lmppl.modeling.named_forms import NamedForm
+from lmppl.modeling.named_forms import FormRowError, NamedForm
 from lmppl.sequences import Cost
 
 __all__ = ["Guide", "GuidedDecoder", "GuidedLM"]
@@ -112,12 +112,14 @@ def _bound(guide: Guide | Factor, prior: LanguageModel) -> NamedForm:
                 "PrefixScore(fn)"
             )
         return NamedForm.of(guide, prior.vocab_size)
-    form = guide(prior) if missing_members(guide) and callable(guide) else guide
+    form: Any = guide
+    if missing_members(guide) and callable(guide) and not isinstance(guide, type):
+        form = guide(prior)
     missing = missing_members(form)
     if missing:
         also = "" if hasattr(form, "weigh") else ", a factor that has one, or a function that makes one from an LM"
         raise ModelError(f"guide{missing}{also}")
-    return NamedForm(form, f"guide {type(form).__name__}", prior.vocab_size)  # type: ignore[arg-type]
+    return NamedForm(form, f"guide {type(form).__name__}", prior.vocab_size)
 
 
 class GuidedRows(NamedTuple):
@@ -213,8 +215,8 @@ class GuidedDecoder:
         if self.lm.strength > 0.0:
             total = torch.zeros_like(some)
             for form, state in zip(self.forms, states, strict=True):
-                own_dead = form.potential(state) == -math.inf
-                weights = form.weigh(state, candidates).to(prior.dtype)
+                own_dead = _asked(form.potential, state) == -math.inf
+                weights = _asked(form.weigh, state, candidates).to(prior.dtype)
                 total = total + torch.where(own_dead[:, None], 0.0, weights)  # increments of dead rows mean nothing
                 dead = dead | own_dead
             some = some + self.lm.strength * total
@@ -222,6 +224,14 @@ class GuidedDecoder:
         scores = some if candidates is None else torch.full_like(prior, -math.inf).scatter(1, candidates, some)
         scores = torch.where(dead[:, None], prior, scores)
         return steered_step(scores[:, None], prior[:, None], dead[:, None])
+
+
+def _asked(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """What a form answers; rows of the decoder are nobody's, so that an error leaves their numbers out."""
+    try:
+        return call(*arguments)
+    except FormRowError as error:
+        raise FactorError(f"{error.before}{error.after}") from error
 
 
 def _most_probable(logits: Tensor, top_k: int) -> Tensor:

@@ -108,10 +108,19 @@ def reverse_ais(
     Estimate (C,)
         Kind "upper_bound", in nats.
 
+    Raises
+    ------
+    ModelError
+        Where the engine is another one, or the draws are none, or weighted.
+
     References
     ----------
     neal2001, grosse2015
     """
+    if not isinstance(engine, AIS | TemperedSMC):
+        raise ModelError(
+            f"reverse_ais: got {type(engine).__name__}, expected AIS or TemperedSMC; `lmppl.sandwich` takes SMC too"
+        )
     target = Target(model)
     fixed = _ladder_of(model, engine, seed) if ladder is None else tuple(float(x) for x in ladder)
     count = engine.num_particles if num_particles is None else num_particles

@@ -81,6 +81,8 @@ def infer(
     StorageError
         Where the checkpoint is of another run, or cannot be written.
     """
+    if not (progress is None or isinstance(progress, bool)):
+        raise ModelError(f"progress: got {progress!r}, expected True, False or None")
     if on_part is not None and not callable(on_part):
         raise ModelError(f"on_part: got {on_part!r}, expected a function of a Part")
     run = _Run.of(model, engine, Request(num_draws, budget, seed), checkpoint)

@@ -153,6 +153,7 @@ class SMC(Engine):
                 f"SMC: got every={every!r}, expected a number of tokens of at least 1, one of "
                 f"{', '.join(map(repr, BOUNDARIES))}, or a compiled pattern such as re.compile(',')"
             )
+        self.twist_of(target)
         refuse = getattr(self.twist, "unsupported_reason", None)  # a learned twist belongs to one LM
         reason = None if refuse is None else refuse(target.prior)
         if reason is not None:
@@ -184,7 +185,8 @@ class SMC(Engine):
             return forms if len(forms) else None
         missing = missing_members(self.twist)
         if missing:
-            raise ModelError(f"SMC: twist{missing}")
+            file = f"; a file of a twist is read by LearnedTwist.load({self.twist!r}, model)"
+            raise ModelError(f"SMC: twist{missing}{file if isinstance(self.twist, str) else ''}")
         return None if isinstance(self.twist, ProductTwist) and len(self.twist) == 0 else self.twist
 
     def step_proposal(self, target: Target) -> StepProposal:

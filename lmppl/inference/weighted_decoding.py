@@ -118,6 +118,8 @@ class WeightedDecoding(DecodingEngine):
         The defaults are the published ones: likelihoods to the power 1/t, and a strength that makes up for it. With
         `length_normalized=False` and `strength=1` the score is the posterior probability of the class.
         """
+        if not isinstance(lms, list | tuple):
+            raise ModelError(f"WeightedDecoding.gedi: got {lms!r}, expected a list of language models, one a class")
         score = ClassConditional(tuple(lms), target, prior, length_normalized)
         return cls(score, strength=strength, top_k=top_k, num_draws=num_draws)
 
@@ -190,7 +192,8 @@ class WeightedDecoding(DecodingEngine):
 
     def _names(self, model: Model) -> tuple[str, ...]:
         if self.factors is not None:
-            if isinstance(self.factors, str):
+            names = not isinstance(self.factors, str) and isinstance(self.factors, Sequence)
+            if not names or not all(isinstance(name, str) for name in self.factors):
                 raise ModelError(f"WeightedDecoding: got factors={self.factors!r}, expected a list of names")
             return tuple(self.factors)
         if self.twist is not None:

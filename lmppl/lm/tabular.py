@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -341,6 +341,8 @@ def _symbols(vocabulary: Sequence[str] | None, eos_index: int | None, size: int)
 
 def _encode(row: Any, vocabulary: Sequence[str]) -> list[int]:
     """Token ids of a string of symbols, or of a sequence of symbols and ids."""
+    if not isinstance(row, Iterable):
+        raise ContextError(f"TabularLM: got the context {row!r}, expected a string, or a list of symbols and ids")
     parts = _split(row, vocabulary) if isinstance(row, str) else list(row)
     ids = []
     for part in parts:

@@ -129,8 +129,10 @@ FORM_MEMBERS = ("needs", "start", "weigh", "advance", "potential", "select", "cr
 def missing_members(form: object) -> str:
     """What `form` lacks to be an `Incremental`, as the end of a sentence that begins with its name; "" for nothing."""
     missing = [name for name in FORM_MEMBERS if not hasattr(form, name)]
+    if isinstance(form, type) and set(missing) <= {"needs"}:
+        return f": got the class {form.__name__}, expected an instance: {form.__name__}(...)"
     if not missing:
-        return ""
+        return _unknown_needs(form)
     if missing == ["needs"]:
         return (
             f" has no `needs`, which says what it reads: give {type(form).__name__} a class attribute such as "
@@ -140,6 +142,14 @@ def missing_members(form: object) -> str:
         f": got {type(form).__name__}, which has no {', '.join(missing)}; expected an object with needs, start, weigh, "
         "advance, potential, select and crop (see lmppl.Incremental)"
     )
+
+
+def _unknown_needs(form: Any) -> str:
+    """As `missing_members`, of what a whole form says that it reads."""
+    known, needs = ("text", "ids", "hidden"), form.needs
+    if isinstance(needs, Collection) and not isinstance(needs, str) and all(n in known for n in needs):
+        return ""
+    return f': got needs={needs!r}, expected some of {", ".join(map(repr, known))}, as in needs = ("ids",)'
 
 
 def start_incremental(form: Incremental, contexts: Tensor, step: Step | None) -> Any:
@@ -189,6 +199,8 @@ class Factor:
     named: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ModelError(f"factor: got name={self.name!r}, expected a string, not empty")
         if self.incremental is not None:
             missing = missing_members(self.incremental)
             if missing:
@@ -198,6 +210,11 @@ class Factor:
     def stochastic(self) -> bool:
         """Whether any feature is: then log φ is an estimate."""
         return any(f.stochastic for f in self.features)
+
+    @property
+    def prior_exponent(self) -> float:
+        """a where φ is π0(x|c)^a, which the formula of a model shows as a power of π0; 0 elsewhere."""
+        return 0.0
 
     @property
     def kind(self) -> str:
@@ -239,6 +256,18 @@ class Factor:
             f"got {type(other).__name__} * {self.kind}, expected a language model or a model on the left: "
             "prior * factor * factor"
         )
+
+    def __pow__(self, exponent: object) -> Any:
+        raise ModelError(
+            f"got {self.kind} ** {exponent!r}: a factor has a strength of its own, such as Reward(fn, beta=...); "
+            "prior ** alpha is a power of the prior"
+        )
+
+    def __add__(self, other: object) -> Any:
+        raise ModelError(f"got {self.kind} + {type(other).__name__}: evidence is multiplied, as in prior * factor")
+
+    def __radd__(self, other: object) -> Any:
+        raise ModelError(f"got {type(other).__name__} + {self.kind}: evidence is multiplied, as in prior * factor")
 
     def __mul__(self, other: object) -> Any:
         raise ModelError(

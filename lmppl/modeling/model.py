@@ -112,8 +112,11 @@ class Model:
 
     @property
     def formula(self) -> str:
-        """π*(x|c) ∝ π0(x|c) · φ_1(x) · φ_2(x), with each factor as it was declared."""
-        return " · ".join(["π*(x|c) ∝ π0(x|c)", *(f.formula or f"{f.name}(x)" for f in self.factors)])
+        """π*(x|c) ∝ π0(x|c) · φ_1(x) · φ_2(x), with each factor as it was declared, and powers of π0 as one."""
+        exponent = 1.0 + sum(f.prior_exponent for f in self.factors)
+        prior = "π0(x|c)" if exponent == 1.0 else f"π0(x|c)^{exponent:g}" if exponent > 0 else f"π0(x|c)^({exponent:g})"
+        shown = [f.formula or f"{f.name}(x)" for f in self.factors if f.prior_exponent == 0.0]
+        return " · ".join([f"π*(x|c) ∝ {prior}", *shown])
 
     def __repr__(self) -> str:
         lines = [self.formula, f"  π0 = {self.prior!r}"]

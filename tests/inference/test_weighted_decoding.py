@@ -500,7 +500,7 @@ def test_bad_scores_are_named():
         def crop(self, state, lengths):
             return state
 
-    with pytest.raises(ModelError, match=r"guide Broken: weigh is inf for token 0 in row 0"):
+    with pytest.raises(ModelError, match=r"guide Broken: weigh is inf for token 0, expected"):
         infer(model, WeightedDecoding(Broken()), 5, progress=False)
 
 

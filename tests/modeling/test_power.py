@@ -239,7 +239,10 @@ def test_the_declaration_is_data():
     assert again.graph.content_hash() == graph.content_hash()
     assert again.spec_hash == model.spec_hash
     assert (lm**2).spec_hash != (lm**3).spec_hash
-    assert "π0(x|c)^1" in repr(lm**2)
+    assert (lm**2).formula == "π*(x|c) ∝ π0(x|c)^2"
+    assert (lm**0.5 * Reward(wavy)).formula == "π*(x|c) ∝ π0(x|c)^0.5 · exp(wavy(x))"
+    assert (lm**2 * PowerPrior(1.5)).formula == "π*(x|c) ∝ π0(x|c)^2.5"
+    assert "power_prior: PowerPrior, φ = π0(x|c)^1" in repr(lm**2)
     assert PowerPrior(0.25).formula == "π0(x|c)^(-0.75)"
 
 

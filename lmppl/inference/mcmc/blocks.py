@@ -71,7 +71,7 @@ class BlockResample(Regenerating):
     def check(self, target: Target) -> None:
         """As `Kernel.check`."""
         super().check(target)
-        if not isinstance(self.size, int) or self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             raise ModelError(f"BlockResample: got size={self.size!r}, expected an integer of at least 1")
 
     def step(

@@ -275,8 +275,11 @@ class Kernel(ABC):
         *,
         power: float | Tensor = 1.0,
         evidence: Evidence = log_evidence,
+        who: str | None = None,
     ) -> ChainState:
         """Chains at `draws` (one row a chain, with log π0; evidence is computed where it is missing).
+
+        `who` is the engine that starts them, for messages; by default the kernel.
 
         Raises
         ------
@@ -295,8 +298,8 @@ class Kernel(ABC):
             row = int(torch.nonzero(dead)[0, 0])
             prompt = draws.prompts[int(draws.context[row])]
             raise ModelError(
-                f"{self.name}: chain {row} starts at {draws.text[row]!r} (context {prompt!r}), where the target is 0; "
-                "start from draws with γ > 0"
+                f"{who or self.name}: chain {row} starts at {draws.text[row]!r} (context {prompt!r}), where the target "
+                "is 0; start from draws with γ > 0"
             )
         rows = draws.with_columns(log_weight=None, log_q=None, log_prior=log_prior, columns={}, meta={})
         return ChainState(target, rows, target.cost if cost is None else cost)

@@ -19,7 +19,7 @@ from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make
 from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked
 from lmppl.inference.mcmc.kernels import Mixture, Restart
 from lmppl.inference.mcmc.starts import Start, start_draws
-from lmppl.inference.mcmc.summary import Tally, chain_figures, stuck
+from lmppl.inference.mcmc.summary import Moves, Tally, chain_figures, stuck, stuck_note
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, TargetForm
 from lmppl.sequences import Draws, Estimate, concatenate
@@ -78,7 +78,7 @@ class MCMC(Engine):
     -----
     `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ,
     `log_prior`, `length`), `chain_notes`; `acceptance` (C,) and `acceptance_by_position` (T + 1,) by kernel; `stuck`
-    chains by context, which are warned about; `coverage`, of a kernel whose proposal is known not to cover π*, or is
+    chains by context, which stood still for longer than chance explains, and are warned about; `coverage`, of a kernel whose proposal is known not to cover π*, or is
     truncated; `starts` (C,), how many chains had a start of their own. The proposals of
     `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()`,
     `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
@@ -145,13 +145,15 @@ class MCMC(Engine):
         else:
             draws, step, distinct = _restored(state, target), int(state["step"]), state["starts"]
         memory = self._begin(state)
-        chains = self.kernel.start(target, draws, power=self._powers(memory, len(draws)))
+        chains = self.kernel.start(target, draws, power=self._powers(memory, len(draws)), who=self.name)
         shown = torch.arange(len(draws)) % self._replicas == self._replicas - 1
         tally = Tally(context[shown], target.form.num_contexts, target.form.horizon)
+        moves = Moves(draws.select(shown))
         proposed: list[Tensor] = []
         kept: list[Draws] = []
         total = shard.warmup + shard.steps * self.thin
         for number, (draws, info) in enumerate(self._walk(chains, source, memory, shard.warmup, total)):
+            moves.see(draws.select(shown))
             if number >= shard.warmup:
                 tally.add(StepInfo(info.kernel, *(x[shown] for x in info[1:])))
                 if (number - shard.warmup + 1) % self.thin == 0:
@@ -161,6 +163,7 @@ class MCMC(Engine):
         part = {
             "state": {**_plain(draws), **memory, "step": step + len(kept), "starts": distinct},
             "tally": tally.counts,
+            "moves": moves.plain(),
             "log_phi": torch.stack(proposed) if proposed else torch.zeros(0, len(context), dtype=torch.float64),
             "log_upper": target.form.log_upper,
             "unbounded": target.form.unbounded,
@@ -194,7 +197,8 @@ class MCMC(Engine):
         draws = concatenate([p.draws for p in parts])
         draws = draws.select(torch.argsort(draws.context, stable=True))
         by_kernel, by_position = Tally.rates([p.info["tally"] for p in parts])
-        still = stuck(draws)
+        kept = self.thin * len(draws) // (draws.num_contexts * self.num_chains)
+        still = stuck([p.info["moves"] for p in parts], draws.num_contexts, kept)
         info = {
             **chain_figures(draws),
             "acceptance": by_kernel,
@@ -202,21 +206,13 @@ class MCMC(Engine):
             "stuck": still,
             "starts": parts[0].info["state"]["starts"],
         }
-        for c, chains in still.items():
-            log.warning(
-                "%s: %d of %d chains never moved in context %r (chains %s); their draws are copies of one text: "
-                "where π* has more than that, run longer, with a kernel of smaller moves or from other starts",
-                self.name, len(chains), self.num_chains, draws.prompts[c], _listed(chains),
-            )  # fmt: skip
-        coverage = str(parts[0].info["coverage"])
-        if coverage:
-            tell_coverage(self.name, coverage)
-            info["coverage"] = coverage
-            info["chain_notes"] = (*info["chain_notes"], coverage)
+        note = stuck_note(still, self.num_chains, draws.prompts)
+        if note:
+            log.warning("%s: %s", self.name, note)
         normalizers = _normalizers(parts, draws.num_contexts)
         if normalizers and isinstance(self.kernel, Restart) and self._replicas == 1:
-            info["certificate"], note = _certificate(parts, normalizers[-1])
-            info["chain_notes"] = (*info["chain_notes"], *note)
+            info["certificate"], why = _certificate(parts, normalizers[-1])
+            info["chain_notes"] = (*info["chain_notes"], *why)
         return Chains(draws, normalizers, self.guarantee, info)
 
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
@@ -292,11 +288,6 @@ def _certificate(parts: Sequence[Part], normalizer: Estimate) -> tuple[Tensor, t
     steps = sum(int(p.info["steps"]) for p in parts)
     share = torch.exp(normalizer.interval[:, 0] - float(parts[0].info["log_upper"])).clamp_max(1.0)
     return torch.exp(steps * torch.log1p(-share)), ()
-
-
-def _listed(chains: Sequence[int]) -> str:
-    """The first eight, and dots where there are more."""
-    return ", ".join(map(str, chains[:8])) + ", …" * (len(chains) > 8)
 
 
 def _figures(number: int, shard: ChainShard, info: StepInfo) -> dict[str, str]:

@@ -179,7 +179,7 @@ class SuffixResample(Regenerating):
         for label, value, kind in (("index", self.index, IndexLaw), ("ratio", self.ratio, Ratio)):
             if value not in get_args(kind):
                 raise ModelError(f"SuffixResample: got {label}={value!r}, expected one of {get_args(kind)}")
-        if not isinstance(self.block, int) or not 1 <= self.block <= target.form.horizon:
+        if type(self.block) is not int or not 1 <= self.block <= target.form.horizon:
             raise ModelError(
                 f"SuffixResample: got block={self.block!r}, expected an integer of 1 to max_new_tokens="
                 f"{target.form.horizon}"
@@ -358,10 +358,11 @@ class Mixture(Kernel):
 
     def check(self, target: Target) -> None:
         """As `Kernel.check`, for each of the kernels."""
-        if not self.kernels or not all(isinstance(k, Kernel) for k in self.kernels):
+        several = isinstance(self.kernels, tuple | list) and len(self.kernels) > 0
+        if not several or not all(isinstance(k, Kernel) for k in self.kernels):
             raise ModelError(f"Mixture: got kernels={self.kernels!r}, expected a tuple of kernels")
         weights = self.weights
-        if weights is not None and (len(weights) != len(self.kernels) or not all(0 < w < math.inf for w in weights)):
+        if weights is not None and not (_positive(weights) and len(weights) == len(self.kernels)):
             raise ModelError(f"Mixture: got weights={weights!r}, expected {len(self.kernels)} positive numbers")
         for kernel in self.kernels:
             kernel.check(target)
@@ -377,3 +378,8 @@ class Mixture(Kernel):
         """As `Kernel.step`."""
         chosen, _ = source.tokens(self.log_weights[None])
         return self.kernels[int(chosen)].step(state, source, power, evidence=evidence)
+
+
+def _positive(weights: object) -> bool:
+    numbers = isinstance(weights, tuple | list) and all(type(w) in (int, float) for w in weights)
+    return numbers and all(0 < w < math.inf for w in weights)  # type: ignore[attr-defined]

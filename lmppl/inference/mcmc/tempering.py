@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
+from lmppl.inference.annealing_ladder import check_ladder
 from lmppl.inference.approximation import Chains
 from lmppl.inference.engine import Engine, Part
 from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked, tempered
@@ -129,10 +129,7 @@ class Tempered(MCMC):
         super()._check(target)
         if self.ladder is None and self.num_temperatures < 2:
             raise ModelError(f"Tempered: got num_temperatures={self.num_temperatures}, expected at least 2")
-        powers = self.powers
-        rising = all(a < b for a, b in itertools.pairwise(powers))
-        if len(powers) < 2 or powers[0] != 0.0 or powers[-1] != 1.0 or not rising:
-            raise ModelError(f"Tempered: got ladder={self.ladder}, expected powers that rise from 0 to 1")
+        check_ladder("Tempered", self.powers)
         if self.swap_every < 1:
             raise ModelError(f"Tempered: got swap_every={self.swap_every}, expected at least 1")
 

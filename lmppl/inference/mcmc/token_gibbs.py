@@ -63,13 +63,13 @@ class TokenGibbs(Regenerating):
         """As `Kernel.check`."""
         super().check(target)
         vocab = target.form.vocab_size
-        if self.num_candidates is not None and self.num_candidates < 2 and self.candidates is None:
-            raise ModelError(f"TokenGibbs: got num_candidates={self.num_candidates}, expected at least 2")
-        tokens = self.candidates
+        tokens, count = self.candidates, self.num_candidates
         if tokens is None:
+            if count is not None and (type(count) is not int or count < 2):
+                raise ModelError(f"TokenGibbs: got num_candidates={count!r}, expected None or an integer of at least 2")
             return
-        ids = all(isinstance(t, int) and 0 <= t < vocab for t in tokens)
-        if len(tokens) < 2 or not ids or len(set(tokens)) != len(tokens):
+        ids = isinstance(tokens, tuple | list) and all(type(t) is int and 0 <= t < vocab for t in tokens)
+        if not ids or len(tokens) < 2 or len(set(tokens)) != len(tokens):
             raise ModelError(
                 f"TokenGibbs: got candidates={tokens!r}, expected at least 2 different ids of 0 to {vocab - 1}"
             )

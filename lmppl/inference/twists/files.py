@@ -49,7 +49,8 @@ def load_twist(path: str | Path, model: Model | LanguageModel) -> LearnedTwist:
     """See `LearnedTwist.load`."""
     path = Path(path)
     if not path.is_file():
-        raise StorageError(f"cannot read {path}: there is no such file")
+        what = "it is a folder, expected the file of a twist" if path.is_dir() else "there is no such file"
+        raise StorageError(f"cannot read {path}: {what}")
     header, tensors = _read(path)
     lm = model.prior if isinstance(model, Model) else model
     try:

@@ -125,6 +125,8 @@ class Automaton:
     @classmethod
     def containing(cls, pattern: Word) -> Automaton:
         """Words with `pattern` (a text, or token ids) somewhere in them. Source: `knuth1977`."""
+        if not isinstance(pattern, Sequence):
+            raise ModelError(f"Automaton: got the pattern {pattern!r}, expected a text or token ids")
         symbols: list[Symbol] = list(pattern)
         alphabet = tuple(dict.fromkeys(symbols))
         size = len(symbols)

@@ -74,6 +74,11 @@ class PowerPrior(Factor):
         )
         object.__setattr__(self, "alpha", alpha)
 
+    @property
+    def prior_exponent(self) -> float:
+        """α − 1."""
+        return self.alpha - 1.0
+
     def describe(self) -> dict[str, Any]:
         """As `Factor.describe`, with α."""
         return super().describe() | {"alpha": self.alpha, "owns_features": True}
