@@ -78,8 +78,9 @@ class MCMC(Engine):
     -----
     `info`: `rhat`, `nested_rhat`, `bulk_ess`, `tail_ess`, `mcse`, each (C,) by scalar (each factor's log φ,
     `log_prior`, `length`), `chain_notes`; `acceptance` (C,) and `acceptance_by_position` (T + 1,) by kernel; `stuck`
-    chains by context, which stood still for longer than chance explains, and are warned about; `coverage`, of a kernel whose proposal is known not to cover π*, or is
-    truncated; `starts` (C,), how many chains had a start of their own. The proposals of
+    chains by context, which stood still for longer than chance explains, and are warned about; `coverage`, of a kernel
+    whose proposal is known not to cover π*, or is truncated; `starts` (C,), how many chains had a start of their own.
+    The proposals of
     `Restart()` are independent draws of the prior, so that log Ẑ comes with them. With the kernel `Restart()`,
     `certificate` (C,) bounds the distance of the last draws to π*: TV ≤ (1 − Z/M)^n, Z at the
     lower end of its interval; nan where a factor declares none, which `chain_notes` names.
@@ -209,6 +210,11 @@ class MCMC(Engine):
         note = stuck_note(still, self.num_chains, draws.prompts)
         if note:
             log.warning("%s: %s", self.name, note)
+        coverage = str(parts[0].info["coverage"])
+        if coverage:
+            tell_coverage(self.name, coverage)
+            info["coverage"] = coverage
+            info["chain_notes"] = (*info["chain_notes"], coverage)
         normalizers = _normalizers(parts, draws.num_contexts)
         if normalizers and isinstance(self.kernel, Restart) and self._replicas == 1:
             info["certificate"], why = _certificate(parts, normalizers[-1])
