@@ -30,7 +30,7 @@ from lmppl.sequences import Draws
 
 __all__ = ["TRIED_ROWS", "steering_factors", "try_exclusions", "try_start"]
 
-TRIED_ROWS = 16  # of a run, each with one excluded token
+TRIED_ROWS, FEWEST_ROWS = 16, 4  # of a run, each with one excluded token
 Projection = Callable[[Tensor], Tensor]
 
 ASKED_TOKENS = 8  # that a form which reads texts is asked about, in place of all V
@@ -38,15 +38,16 @@ TRIAL_STREAM = -2  # the id of the seed of these choices, which no shard has
 
 
 def try_exclusions(target: Target, factors: Sequence[Factor], draws: Draws, seed: int) -> None:
-    """Give `TRIED_ROWS` rows an excluded token each, and raise where φ > 0 there.
+    """Give up to `TRIED_ROWS` rows an excluded token each, and raise where φ > 0 there.
 
     Rows with γ > 0 are taken where there are any. In each, at a position drawn uniformly, a token is drawn from π0
     among those that a form excludes there; what follows is the rest of the row, the rest of another row, or the end, in
     turn. The row as it was is looked at too: one that a form has killed may have φ > 0 itself.
 
-    Costs four forwards of at most `TRIED_ROWS` rows and an evaluation of the factors' functions on as many
-    texts, counted in the target's cost. Choices come from `seed` alone. A wrong exclusion is found with a probability
-    that grows with its share of the prior mass that is excluded; `lmppl.testing.check_factor` looks at more rows.
+    Costs two forwards of as many rows and an evaluation of the factors' functions on as many texts, counted in the
+    target's cost; the rows are a quarter of the draws at most, beyond the first `FEWEST_ROWS`. Choices come from `seed`
+    alone. A wrong exclusion is found with a probability that grows with its share of the prior mass that is excluded;
+    `lmppl.testing.check_factor` looks at more rows.
 
     Parameters
     ----------
@@ -76,16 +77,16 @@ def try_exclusions(target: Target, factors: Sequence[Factor], draws: Draws, seed
     changed, origin = _changed(target, rows, walk, generator)
     if len(origin) == 0:
         return
-    log_prior = target.log_prior(changed)
-    possible = log_prior > -math.inf
-    if not bool(possible.any()):
-        return
-    changed, origin = changed.with_columns(log_prior=log_prior).select(possible), origin[possible]
     for factor in tried:
         forbidden = torch.tensor([factor.name in walk.by[row] for row in origin.tolist()])
-        if bool(forbidden.any()):
-            log_phi = target.log_factor(factor.name, changed).cpu()
-            _refuse(target, factor, changed, forbidden & (log_phi > -math.inf))
+        if not bool(forbidden.any()):
+            continue
+        there = changed.select(forbidden)
+        wrong = there.select(target.log_factor(factor.name, there).cpu() > -math.inf)
+        if len(wrong):  # what π0 cannot write may be excluded by anybody
+            wrong = wrong.with_columns(log_prior=target.log_prior(wrong))
+            assert wrong.log_prior is not None
+            _refuse(target, factor, wrong, wrong.log_prior > -math.inf)
 
 
 def try_start(target: Target, factors: Sequence[Factor], context: int) -> None:
@@ -118,13 +119,14 @@ def _refuse(target: Target, factor: Factor, rows: Draws, wrong: Tensor) -> None:
 
 
 def _chosen(draws: Draws, generator: torch.Generator) -> Draws:
-    """`TRIED_ROWS` rows, those with γ > 0 if there are any; again from the first where there are fewer."""
+    """Rows to try, those with γ > 0 if there are any; again from the first where there are fewer."""
     assert draws.log_prior is not None
     inside = torch.nonzero(draws.log_prior.cpu() > -math.inf).squeeze(1)
     good = inside[log_evidence(draws).cpu()[inside] > -math.inf]
     pool = good if len(good) else inside
     order = pool[torch.randperm(len(pool), generator=generator)]
-    return draws.select(order[torch.arange(TRIED_ROWS) % len(order)] if len(order) else order)
+    count = min(TRIED_ROWS, max(FEWEST_ROWS, len(draws) // 4))
+    return draws.select(order[torch.arange(count) % len(order)] if len(order) else order)
 
 
 class _Walk:
