@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,16 @@ from lmppl.diagnostics.chains import (
     mcse,
     nested_rhat,
     rhat,
-    stuck_chains,
     tail_ess,
 )
 from lmppl.inference.mcmc.chains import StepInfo
 from lmppl.sequences import Draws
 
-__all__ = ["Tally", "chain_figures", "scalars", "stuck"]
+__all__ = ["Moves", "Tally", "chain_figures", "scalars", "stuck", "stuck_note"]
+
+BY_CHANCE = 1e-3  # chains that stand still, as chance would have them in one of a thousand runs
+SETTLED = 5  # steps without a change, after which a chain has come to rest
+FEW_STEPS = 10  # without any move of any chain, below which nothing is said
 
 FIGURES: dict[str, Callable[[Tensor], ChainFigure]] = {
     "rhat": rhat,
@@ -118,13 +121,87 @@ def _figure(name: str, x: Tensor) -> ChainFigure:
     return FIGURES[name](x)
 
 
-def stuck(draws: Draws) -> dict[int, tuple[int, ...]]:
-    """Chains that never moved in the kept steps, by context; empty where there is one step only."""
+class Moves:
+    """How often, and when last, the row of each chain changed: over all steps of a segment, warm-up included.
+
+    And how many steps began after `SETTLED` others without a change, and in how many of these there was one.
+
+    Parameters
+    ----------
+    rows : Draws
+        The B rows that the segment starts from.
+    """
+
+    def __init__(self, rows: Draws) -> None:
+        self.rows, self.steps = rows, 0
+        self.count = torch.zeros(len(rows), dtype=torch.int64)
+        self.last, self.settled, self.woken = (torch.zeros_like(self.count) for _ in range(3))
+
+    def see(self, rows: Draws) -> None:
+        """Count the rows after one more step."""
+        settled = self.steps - self.last >= SETTLED
+        self.steps += 1
+        width = min(self.rows.ids.shape[1], rows.ids.shape[1])
+        inside = torch.arange(width) < rows.lengths[:, None]
+        changed = ((self.rows.ids[:, :width] != rows.ids[:, :width]) & inside).any(1)
+        changed |= self.rows.lengths != rows.lengths
+        self.count += changed
+        self.settled += settled
+        self.woken += settled & changed
+        self.last[changed] = self.steps
+        self.rows = rows
+
+    def plain(self) -> dict[str, Any]:
+        """What is kept of it."""
+        tensors = {name: getattr(self, name) for name in ("count", "last", "settled", "woken")}
+        return {**tensors, "steps": self.steps}
+
+
+def stuck(segments: Sequence[Mapping[str, Any]], num_contexts: int, num_kept: int) -> dict[int, tuple[int, ...]]:
+    """Chains of each context that did not move in their last `num_kept` steps, where chance does not explain it.
+
+    A chain stands still for m steps by chance as long as (1 − r)^m times the number of chains is above `BY_CHANCE`: a
+    few kept steps say nothing, and neither does a law that is mostly one text. r is the share of steps in which chains
+    move that had come to rest, of those that ever move: moves come in bursts, away from a likely text and back, and
+    their mere frequency would be too high. Steps of the warm-up count. Where no chain ever moves there is no such rate,
+    and ten steps of it are enough.
+
+    Parameters
+    ----------
+    segments : sequence of mapping
+        `Moves.plain` of the segments, in order.
+    num_contexts : int
+        Chains are grouped by context.
+    num_kept : int
+        Kept steps, times `thin`.
+    """
+    count, settled, woken = (torch.stack([s[k] for s in segments]).sum(0) for k in ("count", "settled", "woken"))
+    total, last = 0, torch.zeros_like(count)
+    for segment in segments:
+        last = torch.where(segment["last"] > 0, total + segment["last"], last)
+        total += int(segment["steps"])
     found = {}
-    for c in range(draws.num_contexts):
-        ids = by_chain(draws.ids, draws, c)
-        if ids.shape[1] > 1:
-            chains = stuck_chains(ids)
-            if chains:
-                found[c] = chains
+    for c, chains in enumerate(torch.arange(len(count)).chunk(num_contexts)):
+        moves, still = count[chains], total - last[chains]
+        moving = chains[moves > 0]
+        if len(moving):
+            often = float(count[moving].double().mean()) / total
+            rate = (float(woken[moving].sum()) + often) / (float(settled[moving].sum()) + 1.0)
+            odd = (still >= num_kept) & (len(moves) * (1.0 - rate) ** still.double() < BY_CHANCE)
+        else:
+            odd = torch.full_like(moves, total >= FEW_STEPS, dtype=torch.bool)
+        if bool(odd.any()):
+            found[c] = tuple(torch.nonzero(odd).squeeze(1).tolist())
     return found
+
+
+def stuck_note(found: Mapping[int, Sequence[int]], num_chains: int, prompts: Sequence[str]) -> str:
+    """One sentence about the chains of all contexts that do not move; "" where there are none."""
+    if not found:
+        return ""
+    c, chains = next(iter(found.items()))
+    more = f", and in {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"{len(chains)} of {num_chains} chains never moved for context {prompts[c]!r}{more} (info['stuck']): copies of "
+        "one text each; where π* has more, run longer, with smaller moves or other starts"
+    )
