@@ -9,7 +9,12 @@ import torch
 from lmppl.inference.mcmc import Mixture, Restart, SuffixResample
 from lmppl.inference.mcmc.chains import log_acceptance
 from lmppl.inference.mcmc.kernels import conditioned_log_ratio
+from lmppl.inference.pplm import PPLM
+from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.lm.randomness import Source
+from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.bag_of_words import BagOfWords
+from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws
 from tests.inference.mcmc.kernel_matrices import (
@@ -84,6 +89,78 @@ def test_powers_of_the_evidence(power):
         assert off_balance(matrix, law)[0] < EXACT
         excluded = float(law[brute.log_phi == -math.inf].sum())
         assert excluded > 0.1 if power == 0.0 else excluded == 0.0  # at power 0 rows with φ = 0 are like others
+
+
+def steered(kind, lm):
+    """A law that a decoding-time method gives: PPLM on networks, weighted decoding on a table."""
+    if kind == "tabular":
+        engine = WeightedDecoding.controlled(lambda texts: [-1.0 * t.count("b") for t in texts])
+        return engine.language_model(lm * Reward(wavy))
+    return PPLM(num_steps=1, step_size=1.0).language_model(lm * BagOfWords(["a"]))
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_guided_laws_as_proposals(kind):
+    lm = tiny_lm(kind, horizon=2)
+    q = steered(kind, lm)
+    for kernel in (Restart(q), SuffixResample(proposal=q))[0 if kind == "tabular" else 1 :]:
+        matrix, brute = walked_matrix(kernel, SHAPES["soft"](lm))
+        assert max(off_balance(matrix, law_at(brute))) < EXACT
+        assert float(matrix.diag().min()) < 1 - VISIBLE
+    brute = brute_force(lm, CONTEXT)
+    assert float((q.score(brute.sequences).double() - brute.log_prior).abs().max()) > 0.01  # q ≠ π0
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_blocks_at_low_temperature_leave_the_power_posterior(kind):
+    lm = tiny_lm(kind)
+    kernel = SuffixResample("horizon", proposal=lm.at_temperature(1 / 3), block=2)
+    matrix, brute = walked_matrix(kernel, lm**3.0)
+    assert max(off_balance(matrix, law_at(brute))) < EXACT
+    assert float((law_at(brute) - torch.softmax(3.0 * brute.log_prior, 0)).abs().max()) < EXACT
+    own, _ = walked_matrix(kernel, lm)
+    assert off_balance(own, law_at(brute))[0] > VISIBLE  # mutant: the proposal without the power's evidence
+
+
+def certain():
+    """V = 3, T = 3; after a comes b for certain, and after b the end."""
+    table = [[0.6, 0.3, 0.1], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.3, 0.2]]
+    return TabularLM([table[3], *table[1:3], table[0]], ["a", "b", "<eos>"], max_new_tokens=3, context=["", "ab"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_positions_with_nothing_to_choose(shape):
+    """The entropy of some positions is 0, and of some rows everywhere."""
+    kernels = [SuffixResample("entropy"), SuffixResample("entropy", ratio="marginalised")]
+    kernels.append(SuffixResample("entropy", proposal=tiny_lm("tabular", 1)))
+    for kernel in kernels:
+        matrix, brute = walked_matrix(kernel, SHAPES[shape](certain()), context=0)
+        assert off_balance(matrix, law_at(brute))[0] < EXACT
+
+
+class LastToken(SuffixResample):
+    """Always the last token: a new row of another length has p(i|x') = 0."""
+
+    def log_index_law(self, lengths, horizon, entropies=None):
+        last = torch.arange(horizon) == lengths[:, None] - 1
+        return torch.where(last, 0.0, -torch.inf).double()
+
+
+def zeros_left_out(old, new, keep):
+    law = torch.where(new.log_index > -torch.inf, new.log_index, 0.0)
+    return conditioned_log_ratio(old, new._replace(log_index=law), keep)
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+def test_a_position_that_the_new_row_would_not_take_refuses_it(kind):
+    model = SHAPES["soft"](tiny_lm(kind))
+    kernel = LastToken("entropy")
+    matrix, brute = walked_matrix(kernel, model)
+    assert max(off_balance(matrix, law_at(brute))) < EXACT
+    written, _ = suffix_matrix(kernel, model)
+    assert torch.allclose(matrix, written, atol=1e-10, rtol=0)
+    wrong, _ = suffix_matrix(kernel, model, log_ratio=zeros_left_out)
+    assert off_balance(wrong, law_at(brute))[0] > VISIBLE
 
 
 # Mutants.

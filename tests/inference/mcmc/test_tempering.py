@@ -10,11 +10,13 @@ from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.mcmc import MCMC, Restart, SuffixResample, Tempered
 from lmppl.inference.mcmc.tempering import adapted_ladder, log_swap_acceptance, swap
 from lmppl.inference.run import infer
+from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
 from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
+from tests.lm.random_models import build, tokenizer
 from tests.models import brute_force, enumerable_lm, wavy
 
 POWERS = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
@@ -90,6 +92,23 @@ def test_a_whole_step_leaves_the_product_law():
 
         matrix, law = product_matrix(model, POWERS, move)
         assert float((law @ matrix - law).abs().max()) < EXACT
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("llama", "counts"), ("mistral", "hard")])
+def test_a_whole_step_on_a_network(kind, shape):
+    """Two replicas of one-token rows: caches go with the rows that are exchanged."""
+    options = {"context": ["ab", "bacab"], "max_new_tokens": 1, "temperature": 4.0}
+    model = SHAPES[shape](TransformersLM(build(kind, 3), tokenizer=tokenizer(3), **options))
+    powers = POWERS[[0, 2]]
+    engine = Tempered(1, warmup=0, kernel=SuffixResample(), ladder=tuple(powers.tolist()))
+
+    def move(kernel, state, source):
+        memory = {"ladder": powers, "swaps": torch.zeros(2, 1, dtype=torch.float64), "round": 0}
+        return engine._advance(state, source, memory, False)[0]
+
+    matrix, law = product_matrix(model, powers, move)
+    assert float((law @ matrix - law).abs().max()) < EXACT
+    assert float(matrix.diag().min()) < 1 - VISIBLE
 
 
 def test_powers_of_zero_are_absent():
