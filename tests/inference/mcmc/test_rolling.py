@@ -34,9 +34,10 @@ def two_chains(model):
     return matrices, starts, first
 
 
-def test_the_joint_law_of_two_chains_is_the_product_of_their_steps():
+@pytest.mark.parametrize("shape", ["soft", "hard"])
+def test_the_joint_law_of_two_chains_is_the_product_of_their_steps(shape):
     """All paths of two steps of two chains, one of which may be in its second step while the other is in its first."""
-    model = SHAPES["soft"](TabularLM.random(2, 2, order=1, seed=4, context=["", "a"]))
+    model = SHAPES[shape](TabularLM.random(2, 2, order=1, seed=4, context=["", "a"]))
     matrices, starts, first = two_chains(model)
     target, kernel = Target(model), SuffixResample()
 
