@@ -97,9 +97,11 @@ class Beam(Engine):
             parts.append(search(lm, contexts, self.num_beams, cost=target.cost))
             target.report(sum(len(p) for p in parts) / (self.num_beams * len(shard.contexts)), {})
         found = concatenate(parts, pad_id=lm.pad_id)
-        for c in sorted(set(shard.contexts) - set(found.context.tolist())):
+        lost = first_context(torch.bincount(found.context, minlength=target.form.num_contexts) == 0)
+        if lost is not None:
+            c, also = lost
             raise InfeasibleModel(
-                f"{self.name}: every beam of context {c} ({target.contexts[c]!r}) ran into prefixes that "
+                f"{self.name}: every beam for context {target.contexts[c]!r}{also} ran into prefixes that "
                 f"{', '.join(map(repr, names)) or 'the prior'} excludes; raise num_beams, or use an engine that samples"
             )
         if lm is not target.prior:

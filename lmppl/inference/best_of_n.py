@@ -25,6 +25,7 @@ from lmppl.inference.engine import (
     make_shard,
 )
 from lmppl.inference.proposals import propose
+from lmppl.inference.refusals import blame, count_zeros, first_context
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, TargetForm, log_evidence
 from lmppl.sequences import Draws, concatenate
@@ -123,20 +124,23 @@ class BestOfN(Engine):
         chosen = choose_of_each(self._scores(proposals).view(-1, self.n), source, self.soft)
         draws = proposals.select(chosen).with_columns(log_q=None)
         count = torch.bincount(proposals.context[possible].cpu(), minlength=target.form.num_contexts)
-        return Part(shard, draws, info={"possible": count})
+        return Part(shard, draws, info={"possible": count, "zeros": count_zeros(proposals, list(draws.log_factors))})
 
     def merge(self, parts: Sequence[Part]) -> Sampler:
         """As `Engine.merge`."""
         draws = concatenate([p.draws for p in parts])
         possible = torch.stack([p.info["possible"] for p in parts]).sum(0)
         num_draws = sum(p.shard.num_draws for p in parts)
-        for c in torch.nonzero(possible == 0).squeeze(1).tolist():
+        found = first_context(possible == 0)
+        if found is not None:
+            c, also = found
             tried = num_draws * self.n
             bound = float(binomial_upper(possible[c], torch.tensor(tried)))
+            zeros = torch.stack([p.info["zeros"][c] for p in parts]).sum(0)
             raise InfeasibleModel(
-                f"best_of_n: none of {tried:,} proposals for context {c} ({draws.prompts[c]!r}) had γ > 0; with 95 % "
-                f"confidence the prior probability of γ > 0 is below {bound:.2g}; raise n or num_draws, or declare a "
-                "weaker constraint"
+                f"best_of_n: none of {tried:,} proposals for context {draws.prompts[c]!r}{also} has "
+                f"γ > 0{blame(list(draws.log_factors), zeros)}: Pr_π0(γ > 0) < {bound:.2g} with 95% confidence; raise "
+                "n or num_draws, or declare a weaker constraint"
             )
         violating = draws.context[log_evidence(draws) == -torch.inf].cpu()
         share = torch.bincount(violating, minlength=draws.num_contexts).double() / num_draws

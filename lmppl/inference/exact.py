@@ -20,6 +20,7 @@ from lmppl.inference.dynamic_programming import AutomatonLM
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard, shard_generator
 from lmppl.inference.posterior_lm import PosteriorLM
 from lmppl.inference.prefix_tree import PrefixTreeLM
+from lmppl.inference.refusals import first_context
 from lmppl.lm.base import ENUMERATION_GUARD
 from lmppl.lm.decoding import draw
 from lmppl.lm.tabular import TabularLM
@@ -158,9 +159,11 @@ class Exact(Engine):
 
 def _law_of_table(target: Target, table: Draws, log_gamma: Tensor) -> PrefixTreeLM:
     law = PrefixTreeLM(target.prior, table, log_gamma)
-    for c in _infeasible(law.log_normalizer):
+    found = _infeasible(law.log_normalizer)
+    if found is not None:
+        c, also = found
         excluding = [n for n, v in table.log_factors.items() if not bool((v[table.context == c] > -torch.inf).any())]
-        raise _no_posterior(target, c, excluding)
+        raise _no_posterior(target, c, also, excluding)
     return law
 
 
@@ -169,18 +172,20 @@ def _law_of_machine(target: Target) -> AutomatonLM:
     assert isinstance(prior, TabularLM)
     automata = {f.name: f.automaton for f in target.factors if f.automaton is not None}
     law = AutomatonLM(prior, list(automata.values()))
-    for c in _infeasible(law.log_normalizer):
+    found = _infeasible(law.log_normalizer)
+    if found is not None:
+        c, also = found
         alone = {name: AutomatonLM(prior, [automaton]).log_normalizer[c] for name, automaton in automata.items()}
-        raise _no_posterior(target, c, [name for name, log_z in alone.items() if log_z == -torch.inf])
+        raise _no_posterior(target, c, also, [name for name, log_z in alone.items() if log_z == -torch.inf])
     return law
 
 
-def _infeasible(log_normalizer: Tensor) -> list[int]:
-    return torch.nonzero(log_normalizer == -torch.inf).squeeze(1).tolist()
+def _infeasible(log_normalizer: Tensor) -> tuple[int, str] | None:
+    return first_context(log_normalizer == -torch.inf)
 
 
-def _no_posterior(target: Target, context: int, excluding: Sequence[str]) -> InfeasibleModel:
-    where = f"context {context} ({target.contexts[context]!r})"
+def _no_posterior(target: Target, context: int, also: str, excluding: Sequence[str]) -> InfeasibleModel:
+    where = f"context {target.contexts[context]!r}{also}"
     if excluding:
         why = f"factor {excluding[0]!r} alone excludes every outcome"
     else:

@@ -33,6 +33,7 @@ from lmppl.inference.proposals import (
     evaluate_inside,
     propose,
 )
+from lmppl.inference.refusals import blame, count_zeros, first_context, z_below
 from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
@@ -159,7 +160,7 @@ class Importance(Engine):
         raw = draws.log_weight
         rows = [torch.nonzero(draws.context == c).squeeze(1) for c in range(draws.num_contexts)]
         weights = [raw[r].cpu() for r in rows]
-        _refuse_all_zero(draws.prompts, weights, float(facts["log_bound"]))
+        _refuse_all_zero(draws, weights, float(facts["log_bound"]))
         smoothed = [pareto_smooth(w) for w in weights]
         shapes = [shape for _, shape in smoothed]
         estimates = _normalizers(weights, shapes, facts)
@@ -234,25 +235,25 @@ class Importance(Engine):
         return {"log_bound": log_bound, "binary": binary, "coverage": coverage}
 
 
-def _refuse_all_zero(prompts: Sequence[str], weights: Sequence[Tensor], log_bound: float) -> None:
+def _refuse_all_zero(draws: Draws, weights: Sequence[Tensor], log_bound: float) -> None:
     """Raise where every weight of a context is zero."""
-    empty = [c for c, w in enumerate(weights) if not bool((w > -math.inf).any())]
-    if not empty:
+    found = first_context(torch.tensor([not bool((w > -math.inf).any()) for w in weights]))
+    if found is None:
         return
-    c, n = empty[0], len(weights[empty[0]])
+    c, also = found
+    n, names = len(weights[c]), list(draws.log_factors)
     rate = float(binomial_upper(torch.tensor(0), torch.tensor(n), LEVEL))
     if math.isfinite(log_bound):
-        bound = f"{rate:.1e}" + (f"·M, log M = {log_bound:.4g}," if log_bound != 0.0 else "")
-        follows = f"Z < {bound} with {LEVEL:.0%} confidence"
+        follows = f"{z_below(rate, log_bound)} with {LEVEL:.0%} confidence"
     else:
         follows = (
             f"Pr_q(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence, and no bound on Z follows without a bound on the "
             "weights (upper=... on every factor, and draws from the prior)"
         )
-    also = f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
     raise InfeasibleModel(
-        f"importance: all {n:,} draws for context {prompts[c]!r}{also} have weight zero: {follows}; draw more, loosen "
-        "the hard factors, or use a proposal or an engine that steers"
+        f"importance: all {n:,} draws for context {draws.prompts[c]!r}{also} have weight "
+        f"zero{blame(names, count_zeros(draws, names)[c])}: {follows}; draw more, loosen the hard factors, or use a "
+        "proposal or an engine that steers"
     )
 
 

@@ -37,7 +37,7 @@ from lmppl.inference.quasi_rejection_bound import (
     variation_bound,
     weights_by_context,
 )
-from lmppl.inference.refusals import first_context
+from lmppl.inference.refusals import count_zeros, first_context
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.randomness import Source
 from lmppl.modeling.model import Model
@@ -159,7 +159,7 @@ class QuasiRejection(Engine):
         shard = QuasiRejectionShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size)
         part = self.run_shard(target, shard)
         weights = weights_by_context([part], len(contexts))
-        refuse_zero(target.contexts, weights)
+        refuse_zero(target.contexts, weights, [part])
         return tuple(curve_of_weights(w, log_bounds, covers=not part.info["coverage"]) for w in weights)
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
@@ -189,7 +189,8 @@ class QuasiRejection(Engine):
         proposals = concatenate(made, pad_id=target.prior.pad_id)
         log_w = proposals.log_weight
         assert log_w is not None
-        info: dict[str, Any] = {"log_weights": log_w}
+        names = [f.name for f in target.factors]
+        info: dict[str, Any] = {"log_weights": log_w, "factors": names, "zeros": count_zeros(proposals, names)}
         if shard.id == 0:
             lm = self._proposal(target)
             info["coverage"] = "" if lm is None else coverage_note(lm, target.prior)
@@ -221,7 +222,7 @@ class QuasiRejection(Engine):
             )
         wanted, log_bounds = _shard(rounds[0]).wanted, torch.tensor(_shard(rounds[0]).log_bounds, dtype=torch.float64)
         weights = weights_by_context(rounds, contexts)
-        refuse_zero(whole.prompts, weights)
+        refuse_zero(whole.prompts, weights, rounds)
         end = ending(whole, rounds, wanted)
         tried, accepted, stopped = end.tried, end.accepted, end.stopped
         self._refuse_empty(whole.prompts, tried, accepted, log_bounds)
@@ -310,7 +311,7 @@ class QuasiRejection(Engine):
         """log M_q of each context, from the weights of the pilot's proposals."""
         rate = ACCEPTANCE if self.acceptance is None else self.acceptance
         weights = weights_by_context([pilot], target.form.num_contexts)
-        refuse_zero(target.contexts, weights)
+        refuse_zero(target.contexts, weights, [pilot])
         upper = target.form.log_upper if self._proposal(target) is None else math.inf
         return bounds_of_rate(rate, target.contexts, weights, upper)
 

@@ -19,6 +19,7 @@ from lmppl.diagnostics.quasi_rejection import (
 from lmppl.errors import InfeasibleModel
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.engine import Part
+from lmppl.inference.refusals import blame, first_context
 
 __all__ = [
     "DISTANCES_NOTE",
@@ -44,15 +45,19 @@ def weights_by_context(parts: Sequence[Part], num_contexts: int) -> list[Tensor]
     return [torch.cat(log_w) for log_w in found]
 
 
-def refuse_zero(prompts: Sequence[str], weights: Sequence[Tensor]) -> None:
-    """Raise `InfeasibleModel` where every proposal of a context has weight zero."""
-    for prompt, log_w in zip(prompts, weights, strict=True):
-        if len(log_w) and not bool((log_w > -math.inf).any()):
-            rate = float(binomial_upper(torch.tensor(0), torch.tensor(len(log_w)), LEVEL))
-            raise InfeasibleModel(
-                f"quasi_rejection: all {len(log_w):,} proposals for context {prompt!r} have γ = 0: Pr_q(γ > 0) < "
-                f"{rate:.1e} with {LEVEL:.0%} confidence; loosen the hard factors, or use a proposal that steers"
-            )
+def refuse_zero(prompts: Sequence[str], weights: Sequence[Tensor], parts: Sequence[Part]) -> None:
+    """Raise `InfeasibleModel` where every proposal of a context, which `parts` counted, has weight zero."""
+    found = first_context(torch.tensor([len(w) > 0 and not bool((w > -math.inf).any()) for w in weights]))
+    if found is None:
+        return
+    c, also = found
+    count, zeros = len(weights[c]), torch.stack([p.info["zeros"][c] for p in parts]).sum(0)
+    rate = float(binomial_upper(torch.tensor(0), torch.tensor(count), LEVEL))
+    raise InfeasibleModel(
+        f"quasi_rejection: all {count:,} proposals for context {prompts[c]!r}{also} have "
+        f"γ = 0{blame(parts[0].info['factors'], zeros)}: Pr_q(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; loosen "
+        "the hard factors, or use a proposal that steers"
+    )
 
 
 def bounds_of_rate(

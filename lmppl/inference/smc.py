@@ -84,7 +84,7 @@ class SMC(Engine):
         Where all particles of a context died in every sweep: which factor did it, when, and what follows about Z.
     FactorError
         Where an incremental form breaks its law, naming the factor. What a form excludes is never seen in a sweep, so
-        16 rows of the first one are given an excluded token each (`lmppl.inference.twists.exclusions`).
+        up to 16 rows of the first one are given an excluded token each (`lmppl.inference.twists.exclusions`).
     ModelError
         On wrong arguments; where a proposal cannot make a token that π* can, or a twist is 0 where γ > 0.
 
@@ -282,13 +282,14 @@ class SMC(Engine):
         deaths = torch.stack([p.info["deaths"][c] for p in parts]).sum(0)
         names = [f"factor {n!r}" for n in parts[0].info["factors"]] + ["the twist, or a zero of the proposal's weight,"]
         worst = int(deaths.argmax())
-        shares = ", ".join(f"{n.rstrip(',')} {int(k)}" for n, k in zip(names, deaths, strict=True) if k > 0)
+        shares = ", ".join(f"{n.rstrip(',')} {int(k):,}" for n, k in zip(names, deaths, strict=True) if k > 0)
+        sweeps = "its only sweep" if len(parts) == 1 else f"each of {len(parts)} sweeps"
         last = max(int(p.info["dead_at"][c]) for p in parts)
         raise InfeasibleModel(
-            f"smc: all {self.num_particles} particles died in each of {len(parts)} sweep(s) for context "
-            f"{prompts[c]!r}{also}, the last of them at token {last}: {names[worst]} gave most of them weight zero "
-            f"({shares}); {self._bound(parts, c)}; use more particles, give the factor an incremental form or an "
-            "automaton, a twist or a proposal that looks ahead, or loosen it"
+            f"smc: all {self.num_particles} particles died in {sweeps} for context {prompts[c]!r}{also}, the last of "
+            f"them at token {last}: {names[worst]} gave most of them weight zero (deaths, of those too that replaced "
+            f"others: {shares}); {self._bound(parts, c)}; use more particles, give the factor an incremental form or "
+            "an automaton, a twist or a proposal that looks ahead, or loosen it"
         )
 
     def _bound(self, parts: Sequence[Part], context: int) -> str:

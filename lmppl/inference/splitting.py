@@ -16,7 +16,7 @@ from lmppl.inference.approximation import LEVEL, Particles
 from lmppl.inference.engine import Guarantee, Part, Shard
 from lmppl.inference.mcmc import Kernel, SuffixResample
 from lmppl.inference.piloted_sweeps import PilotedSweeps, SweepShard
-from lmppl.inference.refusals import first_context
+from lmppl.inference.refusals import first_context, z_below_of_sweeps
 from lmppl.inference.splitting_sweep import SplittingSchedule, SplittingSweep, rounds_of
 from lmppl.lm.randomness import Source
 from lmppl.modeling.factors import Feature
@@ -164,6 +164,7 @@ class Splitting(PilotedSweeps):
             "flat": sweep.flat,
             "first_score": sweep.first_score,
             "factors": [f.name for f in target.factors],
+            "log_upper": target.form.log_upper,
             **{name: rounds_of(rows, sweep.groups) for name, rows in sweep.history.items()},
         }
         return Part(shard, draws.with_columns(columns=columns), info=info)
@@ -205,11 +206,13 @@ class Splitting(PilotedSweeps):
         dead = torch.stack([p.info["dead"][c] for p in parts]).sum(0)
         worst = parts[0].info["factors"][int(dead.argmax())]
         rounds = max(int((~p.info["levels"][:, c].isnan()).sum()) for p in parts)
+        sweeps = "its only sweep" if len(parts) == 1 else f"{len(parts)} sweeps"
+        follows = z_below_of_sweeps(len(parts), float(parts[0].info["log_upper"]), LEVEL)
         return (
-            f"no particle of {len(parts)} sweep(s) has γ > 0 for context {prompt}: after up to {rounds} rounds the "
+            f"no particle of {sweeps} has γ > 0 for context {prompt}: after up to {rounds} rounds the "
             f"highest score is {highest:.4g} and factor {worst!r} is still zero there (a sweep ends at "
-            f"{float(parts[0].info['tops'][c]):.4g}); use more particles or moves, a score that grows towards that "
-            "factor, or a higher top="
+            f"{float(parts[0].info['tops'][c]):.4g}); {follows}; use more particles or moves, "
+            "a score that grows towards that factor, or a higher top="
         )
 
 

@@ -16,6 +16,7 @@ from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
+from lmppl.inference.refusals import blame, count_zeros, first_context
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.lm.decoding import plan_rows
@@ -64,14 +65,18 @@ def log_prior_of(hidden: Tensor) -> Tensor:
 def draw_steered(lm: SteeredLM, context: Tensor, source: Source, *, cost: Cost | None = None) -> Draws:
     """A draw of q for each entry of `context` (B,), with log q and log π0 from the same forwards.
 
-    Rows in the order of `context`, on the CPU.
+    Rows in the order of `context`, on the CPU. The column `unsteered` (B,) bool is True where all that could follow
+    some prefix of the row was forbidden, so that π0 decoded it from there.
     """
     frontier = Frontier(lm, context, cost=cost)
     log_q = torch.zeros(len(context), dtype=lm.dtype, device=lm.device)
     log_prior = torch.zeros_like(log_q)
+    unsteered = torch.zeros(len(context), dtype=torch.bool, device=lm.device)
     while len(frontier.live):
         live = frontier.live
-        prior = log_prior_of(frontier.hidden())
+        hidden = frontier.hidden()
+        prior = log_prior_of(hidden)
+        unsteered[live] |= hidden[:, -1] > 0
         tokens, token_log_q = source.tokens(frontier.logits())
         log_q[live] += token_log_q
         log_prior[live] += prior.gather(1, tokens[:, None])[:, 0]
@@ -80,6 +85,7 @@ def draw_steered(lm: SteeredLM, context: Tensor, source: Source, *, cost: Cost |
         raise ModelError(f"{lm!r} gave next-token scores that are nan or +inf: its weights or dtype are broken")
     rows = frontier.sequences()
     densities: dict[str, Any] = {"log_prior": log_prior.cpu(), "log_q": log_q.cpu()}
+    densities["columns"] = {"unsteered": unsteered.cpu()}
     return Draws(rows.ids, rows.lengths, rows.finished, rows.context, rows.prompts, rows.decoder, **densities)
 
 
@@ -115,8 +121,10 @@ class DecodingEngine(Engine):
             done = sum(len(p) for p in parts)
             target.report(done / len(context), {"draws": f"{done:,}"})
         draws = target.evaluate(concatenate(parts, pad_id=lm.pad_id))
+        lost = draws.context[draws.columns["unsteered"] & (log_evidence(draws) > -math.inf)]
+        info = {"unsteered": torch.bincount(lost, minlength=target.form.num_contexts)}
         columns = {"shard": torch.full_like(draws.context, shard.id)}
-        return Part(shard, draws.with_columns(columns=columns), info=self.facts(target))
+        return Part(shard, draws.with_columns(columns=columns), info={**info, "facts": self.facts(target)})
 
     def facts(self, target: Target) -> dict[str, Any]:
         """What `info` says beside the figures of the draws; plain data."""
@@ -129,19 +137,37 @@ class DecodingEngine(Engine):
         counts = torch.bincount(draws.context, minlength=draws.num_contexts)
         share = torch.bincount(draws.context, weights=violating, minlength=draws.num_contexts) / counts
         self._tell_violations(draws, share, counts)
+        self._tell_unsteered(draws, torch.stack([p.info["unsteered"] for p in parts]).sum(0), counts)
         order = torch.argsort(draws.context, stable=True)
-        info = {"violating_share": share, **parts[0].info}
+        info = {"violating_share": share, **parts[0].info["facts"]}
         return SteeredSampler(draws.select(order), (), self.guarantee, info)
+
+    def _tell_unsteered(self, draws: Draws, unsteered: Tensor, counts: Tensor) -> None:
+        """Raise where scores forbade all that could follow in every draw of a context, and γ > 0; warn of some."""
+        found = first_context(unsteered == counts)
+        what = "the scores forbid every token after some prefix, though what follows there has γ > 0"
+        if found is not None:
+            c, also = found
+            raise ModelError(
+                f"{self.name}: {what}, in all {int(counts[c]):,} draws for context {draws.prompts[c]!r}{also}: they "
+                "are the prior's from there on; give −inf only to what no text with γ > 0 begins with"
+            )
+        if bool((unsteered > 0).any()):
+            share = 100 * float((unsteered / counts).mean())
+            log.warning("%s: %s, in %.1f %% of the draws, which are the prior's from there on", self.name, what, share)
 
     def _tell_violations(self, draws: Draws, share: Tensor, counts: Tensor) -> None:
         """Raise where all draws of a context have γ = 0, and warn where some have."""
-        for c in torch.nonzero(share == 1.0).squeeze(1).tolist():
+        found = first_context(share == 1.0)
+        if found is not None:
+            c, also = found
             bound = float(binomial_upper(torch.tensor(0), counts[c]))
+            names = list(draws.log_factors)
             raise InfeasibleModel(
-                f"{self.name}: none of {int(counts[c]):,} draws for context {c} ({draws.prompts[c]!r}) had γ > 0; with "
-                f"95 % confidence the law that is decoded gives γ > 0 a probability below {bound:.2g}; decode more "
-                "draws, use scores that look ahead or an engine that weighs and resamples (SMC), or declare a weaker "
-                "constraint"
+                f"{self.name}: none of {int(counts[c]):,} draws for context {draws.prompts[c]!r}{also} has "
+                f"γ > 0{blame(names, count_zeros(draws, names)[c])}: Pr_q(γ > 0) < {bound:.2g} with 95% confidence, q "
+                "the law that is decoded; decode more draws, use scores that look ahead or an engine that weighs and "
+                "resamples (SMC), or declare a weaker constraint"
             )
         if bool((share > 0).any()):
             log.warning(

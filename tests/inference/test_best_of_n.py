@@ -237,7 +237,10 @@ def test_violating_draws_are_kept_and_reported(caplog):
 
 def test_nothing_possible_is_an_error_with_a_bound():
     prior = TabularLM([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], ["a", "b"], eos=None, max_new_tokens=2, context=["b", "a"])
-    with pytest.raises(InfeasibleModel, match=r"none of 40 proposals for context 1 \('a'\).*below 0\.072"):
+    with pytest.raises(
+        InfeasibleModel,
+        match=r"none of 40 proposals for context 'a' has γ > 0 \(factor 'constraint' is 0 on 40\): .* < 0\.072",
+    ):
         best_of(prior * Constraint(has_no("a")), BestOfN(4), 10)
 
 

@@ -210,5 +210,7 @@ def test_bad_input():
     form = PrefixScore(lambda texts: [-math.inf for _ in texts])(prior)
     nothing = Constraint(lambda texts: [False for _ in texts], name="nothing")
     factor = Factor("nothing", nothing.features, nothing.log_factor, incremental=form)
-    with pytest.raises(InfeasibleModel, match=r"every beam of context 0 \(''\) ran into prefixes that 'nothing'"):
+    with pytest.raises(
+        InfeasibleModel, match=r"every beam for context '' \(and for 1 more\) ran into prefixes that 'nothing'"
+    ):
         infer(prior * factor, Greedy(), progress=False)

@@ -264,9 +264,11 @@ def test_all_dead_names_the_factor_the_token_and_the_bound():
     with pytest.raises(InfeasibleModel) as error:
         infer(lm * Reward(wavy) * never, SMC(8, ess_threshold=0.0), progress=False)
     message = str(error.value)
-    assert "smc: all 8 particles died in each of 8 sweep(s) for context '' (and for 1 more)" in message
+    assert "smc: all 8 particles died in each of 8 sweeps for context '' (and for 1 more)" in message
     assert "factor 'never' gave most of them weight zero" in message
     assert "Pr_π0(γ > 0) < 4.6e-02 with 95% confidence" in message
+    with pytest.raises(InfeasibleModel, match=r"smc: all 8 particles died in its only sweep for"):
+        infer(lm * never, SMC(8), 8, progress=False)
     with pytest.raises(InfeasibleModel, match=r"Z < 4\.6e-02 with 95% confidence; use more particles"):
         infer(lm * never, SMC(8, ess_threshold=0.0), progress=False)
     with pytest.raises(InfeasibleModel, match=r"Z ≤ Pr\(Ẑ > 0\) < 0\.31 with 95% confidence"):

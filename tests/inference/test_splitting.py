@@ -230,8 +230,15 @@ def test_nonsense_is_refused(engine, words) -> None:
 
 def test_a_score_that_leads_nowhere_says_how_far_it_went() -> None:
     never = enumerable_lm("tabular") * Constraint(lambda texts: [False] * len(texts), name="never")
-    with pytest.raises(InfeasibleModel, match=r"no particle of 2 sweep.* highest score is .* factor 'never' is still"):
+    with pytest.raises(
+        InfeasibleModel, match=r"no particle of 2 sweeps .* highest .* factor 'never' is still"
+    ) as error:
         infer(never, Splitting(16, score=letters, top=3.0), 32)
+    assert "Ẑ ≤ 1 is unbiased, so that Z ≤ Pr(Ẑ > 0) < 0.78 with 95% confidence" in str(error.value)
+    with pytest.raises(InfeasibleModel, match=r"of its only sweep .*Z ≤ Pr\(Ẑ > 0\)·M < 0\.95·M, log M = 2, with 95%"):
+        infer(never * Reward(wavy, beta=0.5, upper=1.0), Splitting(16, score=letters, top=3.0), 16)
+    with pytest.raises(InfeasibleModel, match=r"Pr\(Ẑ > 0\) < 0\.95 with .* no bound on Z follows without upper="):
+        infer(never * Reward(wavy), Splitting(16, score=letters, top=3.0), 16)
 
 
 def test_a_score_without_levels_says_that_nothing_was_split(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,6 +27,7 @@ from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.testing import check_engine, check_language_model
 from lmppl.testing.enumeration import every_outcome
+from tests.inference.smc_cases import ArbitraryTwist
 from tests.models import ENUMERABLE, TOLERANCE, brute_force, enumerable_lm, goodness_of_fit, has_no, wavy
 
 BETA = 0.4
@@ -512,3 +513,24 @@ def test_a_factor_that_has_a_form_can_be_given_as_it_is():
     brute = brute_force(Model(prior), 1)
     torch.testing.assert_close(law(lm, brute), law(same, brute))
     assert issubclass(WeightedDecoding, DecodingEngine)
+
+
+class Forbids(ArbitraryTwist):
+    """Forbids all that could follow prefixes of `length` tokens or more."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        super().__init__(vocab_size)
+        self.length = length
+
+    def weigh(self, state, candidates=None):
+        weights = super().weigh(state, candidates)
+        late = torch.tensor([len(prefix) >= self.length for _, prefix in state])
+        return weights.masked_fill(late[:, None], -torch.inf)
+
+
+def test_scores_that_forbid_what_has_mass_say_so(caplog):
+    model = enumerable_lm("tabular") * Reward(wavy, beta=0.5)
+    with pytest.raises(ModelError, match=r"weighted_decoding: the scores forbid every token .* in all 50 draws for"):
+        infer(model, WeightedDecoding(Forbids(4, 0)), 50, progress=False)
+    infer(model, WeightedDecoding(Forbids(4, 1)), 50, progress=False)
+    assert "the scores forbid every token after some prefix, though what follows there has γ > 0, in " in caplog.text

@@ -13,6 +13,7 @@ from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Approximation
 from lmppl.inference.engine import Engine
 from lmppl.inference.proposals import draw_from
+from lmppl.inference.refusals import blame, count_zeros
 from lmppl.inference.run import infer
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, log_evidence
@@ -67,7 +68,8 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int,
     contexts, wanted = torch.unique(context, return_counts=True)
     found: dict[int, list[Draws]] = {c: [] for c in contexts.tolist()}
     have = torch.zeros_like(wanted)
-    excluded = torch.zeros(target.form.num_contexts, len(target.factors), dtype=torch.int64)
+    names = [f.name for f in target.factors]
+    excluded = torch.zeros(target.form.num_contexts, len(names), dtype=torch.int64)
     tried = 0
     while bool((have < wanted).any()) and tried < max_tries:
         short = contexts[have < wanted]
@@ -75,9 +77,7 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int,
         draws = target.evaluate(draw_from(target.prior, short.repeat_interleave(size), source, cost=target.cost))
         tried += size
         alive = log_evidence(draws) > -torch.inf
-        for k, factor in enumerate(target.factors):
-            zero = draws.log_factors[factor.name] == -torch.inf
-            excluded[:, k] += torch.bincount(draws.context[zero], minlength=len(excluded))
+        excluded += count_zeros(draws, names)
         for c in short.tolist():
             rows = torch.nonzero(alive & (draws.context == c)).squeeze(1)
             if len(rows):
@@ -85,10 +85,11 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int,
                 have[contexts == c] += len(rows)
     empty = contexts[have == 0].tolist()
     if empty:
+        also = f" (and for {len(empty) - 1} more)" if len(empty) > 1 else ""
         rate = float(binomial_upper(torch.tensor(0), torch.tensor(tried), LEVEL))
         raise InfeasibleModel(
-            f"{who}: none of {tried:,} draws of the prior for context {target.contexts[empty[0]]!r} has γ > 0 "
-            f"({_blame(target, excluded[empty[0]])}): Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise "
+            f"{who}: none of {tried:,} draws of the prior for context {target.contexts[empty[0]]!r}{also} has "
+            f"γ > 0{blame(names, excluded[empty[0]])}: Pr_π0(γ > 0) < {rate:.1e} with {LEVEL:.0%} confidence; raise "
             "max_tries, loosen the hard factors, or start from draws that satisfy them (start=draws, or start=an "
             "engine that steers)"
         )
@@ -98,13 +99,6 @@ def _from_prior(target: Target, context: Tensor, source: Source, max_tries: int,
         chosen.append(pool.select(torch.arange(count) % len(pool)))
     whole = concatenate(chosen, pad_id=target.prior.pad_id)
     return Starts(whole, torch.minimum(have, wanted))
-
-
-def _blame(target: Target, excluded: Tensor) -> str:
-    """How many draws each factor excludes, most first."""
-    order = torch.argsort(excluded, descending=True, stable=True).tolist()
-    found = [f"factor {target.factors[k].name!r} is 0 on {int(excluded[k]):,}" for k in order if int(excluded[k])]
-    return ", ".join(found)
 
 
 def _from_draws(target: Target, given: Sequences, context: Tensor, source: Source, who: str) -> Starts:
