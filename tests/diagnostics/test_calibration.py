@@ -34,6 +34,28 @@ def test_exchangeability_has_its_size_and_sees_wrong_draws() -> None:
     assert seen > 50
 
 
+def test_a_sweep_of_two_right_kernels_is_called_wrong() -> None:
+    """Each swaps neighbours on a ring of ten states, of equal mass: reversible. One after the other they go round.
+
+    The sum of the steps has mean 0 all the same; what is wrong is its sign, step by step.
+    """
+    states = torch.arange(10)
+    first, second = states ^ 1, ((states + 1) ^ 1) - 1
+    second = second % 10
+    along = torch.where(states % 2 == 0, states // 2, 0).double()  # the even states, in the order they are visited
+    rejected = {}
+    for name, kernel in {"one": first, "other": second, "sweep": second[first]}.items():
+        assert sorted(kernel.tolist()) == states.tolist()  # it leaves the uniform law as it is
+        p = []
+        for seed in range(200):
+            x = torch.randint(10, (14,), generator=generator(seed))
+            p.append(exchangeability(along[x], along[kernel[x]], num_flips=199, generator=generator(seed)))
+        rejected[name] = sum(value <= LEVEL for value in p)
+    for name in ("one", "other"):
+        assert too_many_misses(rejected[name], 200, 1 - LEVEL) > 1e-4
+    assert too_many_misses(rejected["sweep"], 200, 1 - LEVEL) < 1e-6
+
+
 def test_nothing_moved_says_nothing() -> None:
     assert exchangeability(torch.ones(5), torch.ones(5)) == 1.0
     with pytest.raises(ShapeError):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lmppl.diagnostics.weights import pareto_khat
 from lmppl.errors import FactorError, InfeasibleModel, ModelError
 from lmppl.inference.genealogy import ancestor_paths, distinct_ancestors
 from lmppl.inference.importance import Importance
@@ -142,10 +143,10 @@ def test_ancestors_are_those_whose_prefixes_the_rows_share():
         ids = run.draws.ids[run.draws.context == c]
         for slot in first[c].unique().tolist():
             assert len(ids[first[c] == slot, 0].unique()) == 1
+        resampled = torch.nonzero((ancestors[:, c] != torch.arange(12)).any(1)).squeeze(1)
+        last = ancestors[int(resampled[-1]), c]
+        assert run.draws.columns["parent"][run.draws.context == c].equal(last.long())
     assert int(run.info["distinct_ancestors"].max()) < 12
-    last = ancestors[-1] if bool((ancestors[-1] != torch.arange(12)).any()) else None
-    if last is not None:
-        assert run.draws.columns["parent"].view(2, 12).equal(last.long())
 
 
 def test_weights_before_resampling_tell_of_heavy_tails():
@@ -154,6 +155,24 @@ def test_weights_before_resampling_tell_of_heavy_tails():
     assert float(run.info["khat"][0]) > 0.3
     note = run.log_normalizer[0].note
     assert ("heavy-tailed" in note) is (float(run.info["khat"][0]) > 0.7)
+
+
+def test_khat_is_that_of_the_weights_at_the_worst_round():
+    """Never resampled, from the prior: the weight after t tokens is ψ(x_≤t), and at the end φ(x)."""
+    lm = TabularLM.random(12, 6, seed=3, eos=None)
+    twist = ArbitraryTwist(12, spread=2.5)
+    run = infer(lm * Reward(wavy), SMC(64, twist=twist, proposal="prior", ess_threshold=0.0), 256, progress=False)
+    rows = run.draws.token_lists()
+    values = [[twist.value(0, tuple(row[:t])) for row in rows] for t in range(1, 6)]
+    rounds = [torch.tensor(v, dtype=torch.float64) for v in values]
+    rounds.append(torch.tensor(wavy(run.draws.text), dtype=torch.float64))
+    shares = [torch.softmax(weights, 0) for weights in rounds]
+    sizes = [1 / float(w.square().sum()) for w in shares]
+    worst = min(range(6), key=sizes.__getitem__)
+    assert worst < 5  # not the final weights
+    shapes = [pareto_khat(weights).value for weights in rounds]
+    assert float(run.info["khat"][0]) == pytest.approx(shapes[worst], abs=1e-9)
+    assert abs(shapes[worst] - shapes[-1]) > 0.05
 
 
 def test_defaults():

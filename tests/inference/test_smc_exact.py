@@ -154,6 +154,21 @@ def test_the_law_of_a_draw(scheme, hard):
     assert reverse <= log_z - law.mean_log_z / law.chance - math.log(law.chance) + TOLERANCE
 
 
+def test_the_reverse_divergence_is_bounded_by_the_chance_of_a_draw_too():
+    """With weights of 0 and 1 a draw that exists is exact: KL = 0, and the bound without log Pr(Ẑ > 0) is negative."""
+    lm = small_lm("tabular")
+    model = lm * Constraint(lambda texts: [t == "ab" for t in texts])
+    smc = SMC(2, ess_threshold=0.0, proposal="prior")
+    brute, target = brute_of(model), Target(model)
+    law = Law(brute, sweep_law(target, smc))
+    q, star = law.draw / law.chance, brute.log_posterior.exp()
+    rows = star > 0
+    reverse = float((q[rows] * (q[rows] / star[rows]).log()).sum())
+    wrong = float(brute.log_z) - law.mean_log_z / law.chance
+    assert reverse <= wrong - math.log(law.chance) + TOLERANCE
+    assert reverse > wrong + VISIBLE  # mutant: without log Pr(Ẑ > 0)
+
+
 # Mutants.
 
 
@@ -177,7 +192,16 @@ class KeepsTwist(Sweep):
         self.log_w = log_w
 
 
-@pytest.mark.parametrize("mutant", [DropsFinished, KeepsTwist])
+class IgnoresTheStart(Sweep):
+    """ψ(∅) divides the first increment, as it must, but is in no weight before it."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        assert bool((self.log_psi != 0).all())
+        self.log_w.zero_()
+
+
+@pytest.mark.parametrize("mutant", [DropsFinished, KeepsTwist, IgnoresTheStart])
 def test_mutant_sweeps_fail(monkeypatch, mutant):
     model, smc = small_model("tabular", False), engine("tabular")
     check(model, smc)

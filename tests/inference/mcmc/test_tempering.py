@@ -96,7 +96,7 @@ def test_a_whole_step_leaves_the_product_law():
 
 @pytest.mark.parametrize(("kind", "shape"), [("llama", "counts"), ("mistral", "hard")])
 def test_a_whole_step_on_a_network(kind, shape):
-    """Two replicas of one-token rows: caches go with the rows that are exchanged."""
+    """Two replicas of rows of one token, which a network writes, and their swap."""
     options = {"context": ["ab", "bacab"], "max_new_tokens": 1, "temperature": 4.0}
     model = SHAPES[shape](TransformersLM(build(kind, 3), tokenizer=tokenizer(3), **options))
     powers = POWERS[[0, 2]]
