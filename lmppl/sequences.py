@@ -27,7 +27,7 @@ __all__ = ["Cost", "Draws", "Estimate", "Sequences", "concatenate"]
 EstimateKind = Literal["exact", "unbiased", "consistent", "unbiased_Z", "lower_bound", "upper_bound"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sequences:
     """N completions, one a row, each an *outcome*: it ends at EOS (or a stop string), or at the cap T.
 
@@ -64,6 +64,14 @@ class Sequences:
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    def __repr__(self) -> str:
+        """One line: how many rows, and what is known of them."""
+        contexts = "1 context" if self.num_contexts == 1 else f"{self.num_contexts} contexts"
+        known = [item.name for item in fields(self)[6:] if isinstance(getattr(self, item.name), Tensor)]
+        known += [name for column in ("features", "log_factors", "columns") for name in getattr(self, column, ())]
+        shown = f"; {', '.join(dict.fromkeys(known))}" if known else ""
+        return f"{type(self).__name__}({len(self):,} rows of {contexts}, up to {self.ids.shape[1]} tokens{shown})"
 
     @property
     def num_contexts(self) -> int:
@@ -136,7 +144,7 @@ class Sequences:
         return self.with_columns(**changes)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Draws(Sequences):
     """Sequences with what was computed on the way: weights, log-densities, raw features, factor values.
 

@@ -269,3 +269,12 @@ def test_an_estimate_shows_its_interval():
     shown = repr(Estimate(value, interval, kind="unbiased_Z"))
     assert shown == "Estimate(-1.2500 [-2.2500, -0.2500]; 2.0000 [1.0000, 3.0000], kind=unbiased_Z, level=0.95)"
     assert repr(Estimate(value[:1], None, kind="exact")) == "Estimate(-1.2500, kind=exact)"
+
+
+def test_draws_are_one_line_in_a_notebook():
+    n = 1200
+    zeros, ids = torch.zeros(n), torch.zeros(n, 5, dtype=torch.int64)
+    ended, lengths = torch.ones(n, dtype=torch.bool), torch.full((n,), 5)
+    draws = Draws(ids, lengths, ended, ids[:, 0], ("", "a"), log_weight=zeros, log_factors={"r": zeros})
+    assert repr(draws) == "Draws(1,200 rows of 2 contexts, up to 5 tokens; log_weight, r)"
+    assert repr(draws.sequences) == "Sequences(1,200 rows of 2 contexts, up to 5 tokens)"

@@ -44,6 +44,24 @@ def widening(clusters: int | None) -> float:
     return float(stats.t.ppf((1.0 + LEVEL) / 2.0, clusters - 1)) / Z_SCORE
 
 
+SHOWN_ENTRIES = 16  # of a tensor in `info`, when it is printed
+
+
+class Info(dict[str, Any]):
+    """Figures of a run by name; printed, large tensors are their shapes."""
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name!r}: {_short(value)}' for name, value in self.items())}}}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor) and value.numel() > SHOWN_ENTRIES:
+        return f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
+        return f"({', '.join(map(_short, value))})"
+    return repr(value)
+
+
 @dataclass(frozen=True, eq=False)
 class Approximation:
     """An approximation of π*.
@@ -73,6 +91,9 @@ class Approximation:
     engine: Engine | None = None
     model: Model | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "info", Info(self.info))
 
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
         """`num_draws` equally weighted draws per context, resampled from the weights.
@@ -146,7 +167,7 @@ class Approximation:
                 raise ModelError(f"expectation: no column {fn!r}; there are {sorted(known)}")
             return known[fn].double()
         feature = fn if isinstance(fn, Feature) else Feature(getattr(fn, "__name__", "f"), fn)
-        value = evaluate(feature, self.draws, factor=f"expectation of {feature.name}")
+        value = evaluate(feature, self.draws, who="expectation")
         if value.dim() != 1:
             raise ModelError(f"expectation: {feature.name} returned shape {tuple(value.shape)}, expected (N,)")
         return value.double().to(self.draws.ids.device)

@@ -95,7 +95,7 @@ class Score:
         fresh = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self.known}
         if fresh:
             rows = list(fresh.values())
-            values = evaluate(self.feature, draws.select(rows), factor=f"score {self.feature.name}")
+            values = evaluate(self.feature, draws.select(rows), who="splitting, score")
             if values.dim() != 1:
                 return values
             self.known.update(zip(fresh, values.tolist(), strict=True))

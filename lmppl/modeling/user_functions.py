@@ -40,7 +40,14 @@ class RowError(FactorError):
         super().__init__(f"{before} row {row}{after}")
 
 
-def evaluate(feature: Feature, sequences: Sequences, *, factor: str, given: tuple[Tensor, ...] | None = None) -> Tensor:
+def evaluate(
+    feature: Feature,
+    sequences: Sequences,
+    *,
+    factor: str = "",
+    who: str | None = None,
+    given: tuple[Tensor, ...] | None = None,
+) -> Tensor:
     """Run a user function on B sequences, once, and check what comes back.
 
     Parameters
@@ -53,6 +60,8 @@ def evaluate(feature: Feature, sequences: Sequences, *, factor: str, given: tupl
         The B rows.
     factor : str
         The factor that errors name.
+    who : str, optional
+        What errors begin with where it is no factor's function.
     given : tuple of Tensor, optional
         What a function of the prior reads: log π0 (B,) (`on="log_prior"`; by default the draws' own), or hidden states
         (B, T, H) and mask (B, T) (`on="hidden"`).
@@ -70,17 +79,18 @@ def evaluate(feature: Feature, sequences: Sequences, *, factor: str, given: tupl
     ShapeError
         Where the result is not of shape (B,) or (B, K) with K ≥ 2.
     """
+    who = f"factor {factor!r}" if who is None else who
     if feature.on == "log_prior" and given is None and isinstance(sequences, Draws) and sequences.log_prior is not None:
         given = (sequences.log_prior,)
     if feature.on in ("hidden", "log_prior") and given is None:
         what = "hidden states" if feature.on == "hidden" else "log π0(x|c)"
         raise FactorError(
-            f"factor {factor!r}: feature {feature.name!r} reads {what}, which texts do not have; evaluate it with an LM"
+            f"{who}: feature {feature.name!r} reads {what}, which texts do not have; evaluate it with an LM"
         )
     device = sequences.ids.device
     if len(sequences) == 0:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    call = _Call(feature, sequences, factor, given)
+    call = _Call(feature, sequences, who, given)
     return read_column(call.run(), call.batch).to(device)
 
 
@@ -115,13 +125,13 @@ class _Call:
     """One batch for one function."""
 
     def __init__(
-        self, feature: Feature, sequences: Sequences, factor: str, given: tuple[Tensor, ...] | None = None
+        self, feature: Feature, sequences: Sequences, who: str, given: tuple[Tensor, ...] | None = None
     ) -> None:
         self.feature, self.sequences, self.given = feature, sequences, given
         config = getattr(getattr(feature.fn, "model", None), "config", None)  # a pipeline knows its labels
         known = getattr(config, "id2label", None) or {}
         self.batch = Batch(
-            head=f"factor {factor!r}: {feature.name}",
+            head=f"{who}: {feature.name}",
             size=len(sequences),
             texts=lambda: sequences.full_text if feature.on == "full" else sequences.text,
             labels=tuple(str(label) for label in known.values()),

@@ -1,11 +1,13 @@
 """Expectations of draws that depend on each other: sweeps are the independent units."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lmppl.inference import Chains, Guarantee, Importance, Particles, infer
+from lmppl.errors import FactorError, ShapeError
+from lmppl.inference import SMC, Chains, Guarantee, Importance, Particles, infer
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from tests.models import enumerable_lm, wavy
@@ -77,3 +79,20 @@ def test_the_error_of_chains_is_that_of_their_mean(num_chains, num_steps):
     squares = [chains.error_of_mean((run - run.mean()).flatten() / size, rows).square() for run in x]
     truth = x.mean((1, 2)).var()
     assert 0.7 < float(torch.stack(squares).mean() / truth) < 1.5
+
+
+def test_information_is_printed_without_its_large_tensors():
+    model = enumerable_lm("tabular") * Reward(wavy)
+    run = infer(model, SMC(64), progress=False)
+    assert len(repr(run.info)) < 1000
+    assert "'ancestors': (tensor of shape (" in repr(run.info)
+    assert "'zero_sweeps': tensor([0, 0])" in repr(run.info)
+    assert dict(run.info)["ess_history"].shape[:2] == (2, 8)
+
+
+def test_errors_of_an_expectation_name_no_factor():
+    run = infer(enumerable_lm("tabular") * Reward(wavy), Importance(20), progress=False)
+    with pytest.raises(FactorError, match=r"^expectation: <lambda> returned nan"):
+        run.expectation(lambda texts: [math.nan for _ in texts])
+    with pytest.raises(ShapeError, match=r"^expectation: <lambda> returned: got shape \(1,\)"):
+        run.expectation(lambda texts: [1.0])

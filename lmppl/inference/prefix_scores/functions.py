@@ -201,7 +201,7 @@ class PrefixScoreForm:
             order.append(same)
         back = torch.argsort(torch.cat(order))
         sequences = concatenate(parts, pad_id=lm.pad_id).select(back.cpu())
-        values = evaluate(self.feature, sequences, factor="prefix score").double()
+        values = evaluate(self.feature, sequences, who="prefix score").double()
         name = self.feature.name
         if values.dim() != 1:
             raise ShapeError(f"prefix score {name!r}: got shape {tuple(values.shape)}, expected ({len(ids)},)")
