@@ -100,8 +100,8 @@ def _from_draws(law: Law, reference: Reference | None, context: int, log_q: Tens
     log_w = law.log_ratios(context)
     log_z, log_z_error, biased = _log_z(law, reference, context)
     lower = elbo(log_w)
-    relation: Relation = "≈" if biased else "="
-    note = OWN_LOG_Z if biased else ""
+    relation: Relation = "=" if not biased else "≥" if reference is None and law.coverage else "≈"
+    note = (law.coverage if relation == "≥" else OWN_LOG_Z) if biased else ""
     if float(lower.value) == -math.inf:
         reverse = Figure(math.inf, note=OUTSIDE)
     elif law.may_violate:

@@ -13,7 +13,7 @@ from lmppl.comparison.figures import Figure, average, missing, spread, worst
 from lmppl.comparison.laws import Law, law_of
 from lmppl.comparison.reference import TABLE_GUARD, Reference
 from lmppl.comparison.result import Comparison, Row
-from lmppl.comparison.summaries import summaries
+from lmppl.comparison.summaries import MostEvidence, summaries
 from lmppl.comparison.worth import worth
 from lmppl.errors import InterruptedRun, LmpplError, ModelError, SupportTooLarge
 from lmppl.inference.approximation import Approximation, ExactTable
@@ -23,7 +23,7 @@ from lmppl.inference.resolve import parse_engine
 from lmppl.inference.run import infer
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
-from lmppl.modeling.target import TargetForm
+from lmppl.modeling.target import TargetForm, log_evidence
 
 __all__ = ["compare"]
 
@@ -143,8 +143,9 @@ def compare(
     started = [run for run in runs if run.done or run.reason]
     try:
         known = _reference(reference, model, started, seed, search=not interrupted)
+        most = [_most_evidence(started, c) for c in range(model.prior.num_contexts)]
         for run in started:
-            row, details = _measure(run, known, model)
+            row, details = _measure(run, known, model, most)
             rows.append(row)
             per_context += details
     except KeyboardInterrupt:
@@ -195,10 +196,38 @@ def _label(entrant: Engine | LanguageModel | Approximation, num_draws: int | Non
         default = {f.name: f.default for f in fields(entrant)}.get("num_draws", MISSING)
         if num_draws is not None and default is not MISSING:  # the engine's own number is overruled, so not shown
             entrant = replace(entrant, num_draws=default)
-        return str(entrant)
+        return _named(entrant)
     if isinstance(entrant, Approximation):
-        return str(entrant.engine or type(entrant).__name__)
-    return type(entrant).__name__
+        return type(entrant).__name__ if entrant.engine is None else _named(entrant.engine)
+    return _in_a_word(entrant)
+
+
+def _named(engine: Engine) -> str:
+    """The engine with the objects that it was given, in a word each: two rows of one engine differ by these."""
+    text = str(engine)
+    hidden = [f for f in fields(engine) if f.init and (not f.repr or f.name == "proposal")]
+    given = [(f.name, getattr(engine, f.name)) for f in hidden]
+    default = {f.name: f.default for f in hidden}
+    words = [f"{name}={_in_a_word(v)}" for name, v in given if v is not None and v is not default[name]]
+    if not words:
+        return text
+    return f"{text[:-1]}, {', '.join(words)})" if text.endswith(")") else f"{text}({', '.join(words)})"
+
+
+def _in_a_word(value: object) -> str:
+    """An object as a short word: its type, with the truncation of a language model, or its name."""
+    if isinstance(value, Approximation):
+        return type(value).__name__ if value.engine is None else _named(value.engine)
+    if isinstance(value, LanguageModel):
+        limits = {name: getattr(value, name, None) for name in ("top_k", "top_p")}
+        shown = ", ".join(f"{name}={limit}" for name, limit in limits.items() if limit is not None)
+        name = type(value).__name__.replace("TransformersLM", "LM")  # as users write it
+        return f"{name}({shown})" if shown else name
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_in_a_word, value))})"
+    if isinstance(value, str | int | float):
+        return repr(value)
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def _require_same_model(approximation: Approximation, model: Model) -> None:
@@ -260,7 +289,19 @@ def _reference(
     return Reference.of(best[0], model) if best else None
 
 
-def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row, list[Row]]:
+def _most_evidence(runs: Sequence[_Run], context: int) -> MostEvidence:
+    found = [MostEvidence(-math.inf, "")]
+    for run in runs:
+        for approximation in run.done:
+            evidence = log_evidence(approximation.draws.select(approximation.draws.context == context))
+            if len(evidence):
+                found.append(MostEvidence(float(evidence.nan_to_num(nan=-math.inf).max()), run.label))
+    return max(found, key=lambda one: one.value)
+
+
+def _measure(
+    run: _Run, reference: Reference | None, model: Model, most: Sequence[MostEvidence]
+) -> tuple[Row, list[Row]]:
     """The row, averaged over contexts and repeats, and its parts: one row a context, averaged over repeats."""
     if not run.done:
         guarantee = run.entrant.guarantee.value if isinstance(run.entrant, Engine) else "—"
@@ -269,7 +310,7 @@ def _measure(run: _Run, reference: Reference | None, model: Model) -> tuple[Row,
     contexts = range(model.prior.num_contexts)
     table = [
         [
-            closeness(law, reference, c) | worth(law, reference, c) | summaries(law, reference, model, c)
+            closeness(law, reference, c) | worth(law, reference, c) | summaries(law, reference, model, c, most[c])
             for c in contexts
         ]
         for law in laws

@@ -8,6 +8,8 @@ they have no error.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,37 @@ from lmppl.inference.approximation import Z_SCORE
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import log_evidence
 
-__all__ = ["summaries"]
+__all__ = ["MostEvidence", "summaries"]
+
+TIED = 1e-9
 
 
-def summaries(law: Law, reference: Reference | None, model: Model, context: int) -> dict[str, Figure]:
-    """The figures of one context, by column: `log_z`, `kl_to_prior`, `mean:feature`, `satisfied:factor`."""
+class MostEvidence(NamedTuple):
+    """The most evidence, max Σ log φ, among the draws of one context of all rows, and the row that found it."""
+
+    value: float
+    label: str
+
+
+def summaries(
+    law: Law, reference: Reference | None, model: Model, context: int, most: MostEvidence | None = None
+) -> dict[str, Figure]:
+    """The figures of one context, by column: `log_z`, `kl_to_prior`, `mean:feature`, `satisfied:factor`.
+
+    `most` is the row whose draws have the most evidence: where those of this row have one value, less than that, log Z
+    says that it has not seen the rest.
+    """
     rows = law.draws.context == context
     draws = law.draws.select(rows)
-    figures = {"log_z": _log_z(law, context), "kl_to_prior": _kl_to_prior(law, reference, context)}
+    log_z = _log_z(law, context)
+    if (
+        most is not None
+        and log_z.value is not None
+        and log_z.relation == "="
+        and (reference is None or not reference.exact)
+    ):
+        log_z = _overlooked(log_z, log_evidence(draws), most)
+    figures = {"log_z": log_z, "kl_to_prior": _kl_to_prior(law, reference, context)}
     for name, column in draws.features.items():
         if not _is_predicate(model, name, law.draws.features[name]):
             for label, values in _components(name, column):
@@ -39,6 +64,16 @@ def summaries(law: Law, reference: Reference | None, model: Model, context: int)
             known = _satisfied_by_law(law, reference, context, factor.name) if bool((alive == 1).all()) else None
             figures[f"satisfied:{factor.name}"] = known or _satisfied(law, context, alive)
     return figures
+
+
+def _overlooked(log_z: Figure, evidence: Tensor, most: MostEvidence) -> Figure:
+    seen = evidence[evidence > -math.inf]
+    if len(seen) == 0 or float(seen.max() - seen.min()) > TIED or most.value <= float(seen.max()) + TIED:
+        return log_z
+    note = (
+        f"{most.label} found texts with more evidence than any of its draws, which have all the same: log Z misses it"
+    )
+    return replace(log_z, note="; ".join(part for part in (log_z.note, note) if part))
 
 
 def _satisfied_by_law(law: Law, reference: Reference | None, context: int, name: str) -> Figure | None:
@@ -124,7 +159,8 @@ def _log_z_of_policy(law: Law, context: int) -> Figure:
     assert found.standard_error is not None
     note = "; ".join(part for part in (found.note, law.coverage) if part)
     low, high = found.interval.tolist()
-    return Figure(float(found.value), float(found.standard_error), (low, high), note=note)
+    relation: Relation = "≥" if law.coverage else "="
+    return Figure(float(found.value), float(found.standard_error), (low, high), relation, note=note)
 
 
 def _kl_to_prior(law: Law, reference: Reference | None, context: int) -> Figure:

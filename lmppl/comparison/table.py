@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["as_text", "markdown", "reason", "renderables"]
 
 TEXT_WIDTH = 100
-LABEL_WIDTH, LAW_WIDTH = 30, 20
+LABEL_WIDTH, LAW_WIDTH = 32, 20
 GAP = 2
 
 
@@ -125,8 +125,8 @@ def _cell(figure: Figure | None, column: Column, notes: Notes) -> str:
         text += f" [{_number(figure.interval[0], kind)}, {_number(figure.interval[1], kind)}]"
     elif figure.error and math.isfinite(figure.error) and kind == "nats":
         text += f" ±{_number(figure.error, kind)}"
-    if figure.relation == "=" and math.isfinite(figure.value):
-        note = caution(note)
+    if math.isfinite(figure.value):
+        note = caution(note) or ("" if figure.relation == "=" else note)
     if note:
         text += f" {notes.mark(note)}"
     return text
@@ -203,7 +203,6 @@ def pieces(grid: Grid, width: int) -> Iterator[Grid]:
 
 def renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
     """What a rich console prints."""
-    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -224,8 +223,11 @@ def renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
     yield Text()
     for sentence in caption(comparison):
         yield Text(sentence, style="dim")
+    below = Table.grid(padding=(0, 1, 0, 0))
     for number, note in enumerate(notes.texts, 1):
-        yield Padding(Text(f"{_superscript(number)} {note}", style="dim"), (0, 0, 0, 1), expand=False)
+        below.add_row(Text(f" {_superscript(number)}", style="dim"), Text(note, style="dim"))
+    if notes.texts:
+        yield below
 
 
 def as_text(comparison: Comparison, width: int = TEXT_WIDTH) -> str:

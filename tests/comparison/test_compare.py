@@ -13,9 +13,10 @@ import torch
 from lmppl.comparison import Comparison, Figure, compare
 from lmppl.comparison.figures import average, missing, spread, worst
 from lmppl.errors import ModelError
-from lmppl.inference import BestOfN, Budget, Exact, Importance, Rejection, infer
+from lmppl.inference import SMC, BestOfN, Budget, Exact, Importance, Rejection, infer
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
-from lmppl.lm import TabularLM
+from lmppl.inference.mcmc import MCMC, Restart
+from lmppl.lm import LM, TabularLM
 from lmppl.modeling import Constraint, Model, Reward
 from lmppl.modeling.target import Target
 from tests.models import count_of, has_no
@@ -77,6 +78,50 @@ def test_equal_labels_are_numbered_and_a_mapping_names() -> None:
     assert [row.label for row in table.rows] == ["prior", "mine", "again"]
 
 
+def test_labels_name_the_objects_that_engines_were_given() -> None:
+    other = TabularLM.random(3, 4, seed=4)
+    engines = [
+        Importance(), Importance(proposal=other), Importance(7, proposal=other), SMC(8, proposal="prior"),
+        MCMC(4, num_steps=2, kernel=Restart(proposal=other)), MCMC(4, num_steps=2), BestOfN(2),
+    ]  # fmt: skip
+    labels = [row.label for row in compare(model(), engines).rows[1:]]
+    assert labels == [
+        "importance", "importance(proposal=TabularLM)", "importance(num_draws=7, proposal=TabularLM)",
+        "smc(num_particles=8, proposal='prior')", "mcmc(num_chains=4, num_steps=2, kernel=Restart)",
+        "mcmc(num_chains=4, num_steps=2)", "best_of_n(n=2)",
+    ]  # fmt: skip
+    known = infer(model(), Exact())
+    table = compare(model(), [Importance(proposal=known), infer(model(), Importance(9, proposal=other))], num_draws=9)
+    assert [row.label for row in table.rows[1:]] == [
+        "importance(proposal=exact)", "importance(num_draws=9, proposal=TabularLM)",
+    ]  # fmt: skip
+
+
+def test_language_models_are_named_with_their_truncation() -> None:
+    narrow = LM("tiny", context="The", max_new_tokens=2, top_k=5)
+    declared = LM("tiny", context="The", max_new_tokens=2) * Reward(count_of("a"), upper=9, name="a")
+    table = compare(declared, [Importance(proposal=narrow), narrow], num_draws=40)
+    assert [row.label for row in table.rows[1:]] == ["importance(proposal=LM(top_k=5))", "LM(top_k=5)"]
+    row = table["LM(top_k=5)"]
+    assert {row[name].relation for name in ("log_z", "kl_reverse", "tv")} == {"≥"}
+    assert all("may not cover" in row[name].note for name in ("log_z", "kl_reverse", "tv"))
+
+
+def test_evidence_that_only_another_row_found_is_told() -> None:
+    """Few texts have evidence: 20 draws of the prior agree on log Z = 0, the best of 2,000 has it."""
+    prior = TabularLM.random(4, 12, seed=3)
+    rare = prior * Reward(lambda texts: [float(t.startswith("ccbb")) for t in texts], beta=0.05, name="rare")
+    found = infer(rare, BestOfN(2000), 2, seed=1)
+    assert float(found.draws.log_factors["rare"].max()) == 20.0
+    table = compare(rare, {"importance": "importance", "best": found}, num_draws=20, seed=2)
+    assert table["importance"]["log_z"].value == pytest.approx(0.0)
+    assert "best found texts with more evidence" in table["importance"]["log_z"].note
+    assert "best found texts with more evidence" in " ".join(str(table).split())
+    assert "found texts" not in table["best"]["log_z"].note
+    agreeing = compare(rare, {"one": "importance", "two": "importance"}, num_draws=20, seed=2)
+    assert "found texts" not in str(agreeing)
+
+
 def test_finished_approximations_are_rows_and_cost_what_they_cost() -> None:
     done = infer(model(), Importance(200), seed=5)
     table = compare(model(), {"done": done}, repeats=3, num_draws=10)
@@ -111,7 +156,7 @@ def test_a_policy_of_other_contexts_keeps_a_row_with_the_reason() -> None:
 
 def test_heavy_weights_are_told() -> None:
     prior, other = (TabularLM.random(8, 20, seed=seed, eos=None) for seed in (3, 4))
-    table = compare(prior, [Importance(proposal=other)], num_draws=1000)
+    table = compare(prior, {"importance": Importance(proposal=other)}, num_draws=1000)
     assert table["importance"]["k_hat"].value > 0.7
     assert "are not to be trusted" in str(table)
 

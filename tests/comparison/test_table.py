@@ -61,7 +61,7 @@ def test_a_cell_reads(figure: Figure | None, kind: str, text: str) -> None:
 
 def test_what_limits_trust_in_log_z_is_below_the_table() -> None:
     prior, other = (TabularLM.random(8, 20, seed=seed, eos=None) for seed in (3, 4))
-    heavy = compare(prior, [Importance(proposal=other)], num_draws=1000)
+    heavy = compare(prior, {"importance": Importance(proposal=other)}, num_draws=1000)
     assert " not to be trusted: k̂ = " in str(heavy)
     assert "delta method: asymptotic" not in str(heavy)
     assert heavy["importance"]["log_z"].note.startswith("delta method")
@@ -146,3 +146,13 @@ def test_a_comparison_that_cannot_be_saved_leaves_what_was_there(table: Comparis
     with pytest.raises(StorageError):
         table.save(tmp_path / "nowhere" / "x.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_hang_from_their_numbers(table: Comparison) -> None:
+    lines = as_text(table, width=60).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(" ¹"))
+    continued = [
+        line for line in lines[first:] if not line.startswith((" ¹", " ²", " ³", " ⁴", " ⁵", " ⁶", " ⁷", " ⁸"))
+    ]
+    assert continued
+    assert all(line.startswith("   ") for line in continued)
