@@ -152,7 +152,7 @@ def infer(
         if as_json:
             _write_json(run_as_dict(result, out), stdout)
         else:
-            print_run(result, out, stdout)
+            print_run(result, out, stdout, num_draws)
         stopped = result.status == "interrupted"
         if stopped and budget is not None and budget.spent(result.cost):
             if "shortfall" not in result.info:  # else the engine has told, context by context

@@ -37,8 +37,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def say(kind: Literal["note", "interrupted", "error"], message: str) -> None:
-    """A message for people, on stderr: `kind: message`."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble((f"{kind}:", STYLES[kind]), " ", message))
+    """A message for people, on stderr: `kind: message`; one line, but for a terminal's own lines."""
+    console = Console(stderr=True, highlight=False)
+    console.print(Text.assemble((f"{kind}:", STYLES[kind]), " ", message), soft_wrap=not console.is_terminal)
 
 
 def exit_code(error: LmpplError) -> int:

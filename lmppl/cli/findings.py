@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["findings", "plain_info"]
 
 MAX_ENTRIES = 1000  # of one tensor in machine output
+MAX_CONTEXTS = 4  # up to which each has its own figure
 
 
 def findings(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -29,11 +30,23 @@ def plain_info(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweeps(info: Mapping[str, Any]) -> str:
+    """How many, and the spread of their log Ẑ: of each context, or of the one where it is largest."""
     log_z: Tensor = info["log_z_sweeps"]
-    low, high = float(log_z.min()), float(log_z.max())
-    text = f"{log_z.shape[1]}, log Ẑ of each from {low:z.2f} to {high:z.2f}"
+    contexts, sweeps = log_z.shape
     dead = int(info["zero_sweeps"].sum()) if "zero_sweeps" in info else 0
-    return f"{text}; {dead} found nothing with γ > 0" if dead else text
+    tail = f"; {dead} found nothing with γ > 0" if dead else ""
+    if sweeps == 1:
+        return f"1: without a spread, so no error is stated{tail}"
+    ranges = [(float(row.min()), float(row.max())) for row in log_z]
+    if contexts > MAX_CONTEXTS:
+        low, high = max(ranges, key=lambda ends: _width(*ends))
+        return f"{sweeps} a context, log Ẑ of each from {low:z.2f} to {high:z.2f} where they differ most{tail}"
+    shown = "; ".join(f"from {low:z.2f} to {high:z.2f}" for low, high in ranges)
+    return f"{sweeps}{' a context' * (contexts > 1)}, log Ẑ of each {shown}{tail}"
+
+
+def _width(low: float, high: float) -> float:
+    return 0.0 if low == high else high - low
 
 
 def _ess_history(info: Mapping[str, Any]) -> str:
@@ -88,7 +101,41 @@ def _shares(name: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda info: ", ".join(f"{float(x):.3g}" for x in torch.as_tensor(info[name]).flatten())
 
 
+def _certificate(info: Mapping[str, Any]) -> str:
+    values = torch.as_tensor(info["certificate"]).flatten()
+    if bool(values.isnan().any()):
+        return next((str(n) for n in info.get("chain_notes", ()) if str(n).startswith("no certificate")), "")
+    vacuous = " (1: nothing is certain yet; take more steps)" if bool((values > 0.9995).any()) else ""
+    return ", ".join(f"{float(x):.3g}" for x in values) + vacuous
+
+
+def _measured(info: Mapping[str, Any]) -> str:
+    """TV as quasi-rejection measured it, for each context."""
+    values, errors = (torch.as_tensor(info[k]).flatten() for k in ("total_variation", "total_variation_error"))
+    shown = ", ".join(f"{float(v):.3f} ±{float(e):.3f}" for v, e in zip(values, errors, strict=True))
+    return f"at least {shown}: {info['distances_note']}" if "distances_note" in info else shown
+
+
+def _not_decoded(info: Mapping[str, Any]) -> str:
+    names = info["not_decoded"]
+    return f"{', '.join(map(str, names))}: the draws were made without a look at it" if names else ""
+
+
+def _searched(info: Mapping[str, Any]) -> str:
+    return f"the prior's probability{''.join(f' · {name}' for name in info['searched'])}"
+
+
+def _violating(info: Mapping[str, Any]) -> str:
+    shares = torch.as_tensor(info["violating_share"]).double().flatten()
+    if not bool((shares > 0).any()):
+        return ""
+    return f"{100 * float(shares.mean()):.1f} % of the draws have γ = 0"
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "searched": _searched,
+    "not_decoded": _not_decoded,
+    "violating_share": _violating,
     "log_z_sweeps": _sweeps,
     "ess_history": _ess_history,
     "distinct_ancestors": _ancestors,
@@ -98,11 +145,15 @@ READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "acceptance": _acceptance,
     "swap_rates": _swaps,
     "stuck": _stuck,
-    "certificate": _shares("certificate"),
+    "certificate": _certificate,
     "acceptance_rate": _shares("acceptance_rate"),
+    "total_variation": _measured,
     "total_variation_bound": _shares("total_variation_bound"),
 }
 LABELS = {
+    "searched": "searched by",
+    "not_decoded": "not decoded",
+    "violating_share": "violating",
     "log_z_sweeps": "sweeps",
     "ess_history": "lowest ESS",
     "distinct_ancestors": "ancestors left",
@@ -114,6 +165,7 @@ LABELS = {
     "stuck": "stuck",
     "certificate": "TV at most",
     "acceptance_rate": "acceptance",
+    "total_variation": "TV measured",
     "total_variation_bound": "TV at most",
 }
 

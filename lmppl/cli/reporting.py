@@ -111,8 +111,8 @@ def _estimate(result: Approximation, context: int) -> dict[str, Any] | None:
     return {"value": value, "low": low, "high": high, "kind": best.kind, "note": best.note}
 
 
-def print_run(result: Approximation, out: Path | None, stdout: TextIO) -> None:
-    """Formula, log Z, cost and a few draws of the posterior."""
+def print_run(result: Approximation, out: Path | None, stdout: TextIO, num_draws: int | None = None) -> None:
+    """Formula, log Z, cost and a few draws of the posterior; `num_draws` per context were asked for."""
     console, draws = screen(stdout), result.draws
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim")
@@ -123,24 +123,30 @@ def print_run(result: Approximation, out: Path | None, stdout: TextIO) -> None:
         name = "log Z" if draws.num_contexts == 1 else f"log Z({draws.prompts[c]!r})"
         facts.add_row(name, Text(_log_z(result, c)))
     note = result.log_normalizer[0].note if result.log_normalizer else ""
-    if note:
-        facts.add_row("", Text(note, style="dim"))
+    for hint in (note, _more_sweeps(result)):
+        if hint:
+            facts.add_row("", Text(hint, style="dim"))
     worth = result.info.get("ess")
     weighted = "" if worth is None else f", worth {float(worth.sum()):,.0f} unweighted ones (ESS)"
-    facts.add_row("draws", f"{len(draws):,}{weighted}" + (f" → {out}" if out is not None else ""))
+    each = len(draws) // draws.num_contexts
+    other = num_draws is not None and each != num_draws and result.status == "complete"
+    asked = f" ({each:,} a context, {num_draws:,} asked for)" if other else ""
+    facts.add_row("draws", f"{len(draws):,}{asked}{weighted}" + (f" → {out}" if out is not None else ""))
     for name, text in findings(result.info):
         facts.add_row(name, Text(text))
     cost = result.cost
     facts.add_row("cost", f"{cost.lm_tokens:,} LM tokens · {cost.factor_calls:,} factor calls · {cost.seconds:.1f} s")
     console.print(facts)
     console.print()
-    law = "the engine's own law" if result.guarantee is Guarantee.HEURISTIC else "the posterior"
+    other = result.guarantee in (Guarantee.HEURISTIC, Guarantee.APPROXIMATE)
+    law = "the engine's own law" if other else "the posterior"
     console.print(Text(f"Some draws of {law}", style="bold"))
     generator = torch.Generator().manual_seed(result.seed)
     sample = _different(draws, generator)
     for context, text in zip(sample.context.tolist(), sample.text, strict=True):
         line = Text(f"  {one_line(draws.prompts[context])}", style="dim")
-        line.append(one_line(text) or "(the empty text)", style="not dim" if text else "italic")
+        gap = " " * bool(draws.prompts[context] and not text)
+        line.append(gap + (one_line(text) or "(the empty text)"), style="not dim" if text else "italic")
         console.print(line, overflow="ellipsis", no_wrap=True)
 
 
@@ -175,11 +181,24 @@ def _log_z(result: Approximation, context: int) -> str:
     if not result.log_normalizer:
         return "— (this engine estimates none)"
     best = result.log_normalizer[0]
-    text = f"{float(best.value[context]):z.4f}"
+    value = float(best.value[context])
+    if best.kind == "lower_bound" and best.level == 1.0:
+        return f"≥ {value:z.4f}, for certain" if value > -math.inf else "— (all that was found has γ = 0: no bound)"
+    text = f"{value:z.4f}"
     if best.interval is not None and best.kind != "exact":
         low, high = best.interval[context].tolist()
         text += "  (no interval)" if math.isnan(low) else f"  [{low:z.4f}, {high:z.4f}] at {best.level:.0%}"
     return text + (" exactly" if best.kind == "exact" else "")
+
+
+def _more_sweeps(result: Approximation) -> str:
+    """How to have several sweeps, where one states no error."""
+    sweeps, size = result.info.get("log_z_sweeps"), getattr(result.engine, "num_particles", None)
+    usual = getattr(result.engine, "num_sweeps", None)
+    if sweeps is None or sweeps.shape[1] > 1 or size is None or "sweep" not in result.draws.columns:
+        return ""
+    number = max(4, usual or 0)
+    return f"-n {size * number} makes {number} sweeps of {size} particles, whose spread is an error"
 
 
 def one_line(text: str) -> str:

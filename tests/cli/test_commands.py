@@ -146,6 +146,18 @@ def test_draws_are_called_what_they_are(spec: str) -> None:
     assert "draws of the engine's own law" in call("infer", f"{spec}:bounded", "-e", "best_of_n(2)", "-n", "5").stdout
 
 
+def test_a_certain_bound_is_said_once_and_what_was_asked_for_stands_beside_what_came(spec: str) -> None:
+    text = call("infer", f"{spec}:bounded", "-e", "greedy").stdout
+    assert "≥ " in text
+    assert ", for certain" in text
+    assert "inf" not in text
+    text = call("infer", f"{spec}:bounded", "-e", "smc(32)", "-n", "20").stdout
+    assert "(32 a context, 20 asked for)" in text
+    assert "-n 256 makes 8 sweeps of 32 particles" in text
+    assert "asked for" not in call("infer", f"{spec}:bounded", "-e", "smc(32)", "-n", "256").stdout
+    assert "makes" not in call("infer", f"{spec}:bounded", "-e", "smc(32)", "-n", "64").stdout
+
+
 def test_infer_without_an_engine_takes_the_first_that_can_run(spec: str) -> None:
     assert json.loads(call("infer", spec, "--json").stdout)["engine"] == "exact"
 
