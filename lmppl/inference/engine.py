@@ -250,7 +250,7 @@ class Engine(ABC):
             fits = type(value) in allowed or (float in allowed and type(value) is int)
             if not fits:
                 expected = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-                raise ModelError(f"{self.name}: got {item.name}={value!r}, expected {expected}")
+                raise ModelError(f"{type(self).__name__}: got {item.name}={value!r}, expected {expected}")
 
     def __str__(self) -> str:
         changed = [

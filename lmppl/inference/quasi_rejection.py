@@ -282,9 +282,9 @@ class QuasiRejection(Engine):
             raise ModelError(f"QuasiRejection: got bound={self.bound}, expected a finite number of nats")
         if self.acceptance is not None and not 0.0 < self.acceptance < 1.0:
             raise ModelError(f"QuasiRejection: got acceptance={self.acceptance}, expected a rate between 0 and 1")
-        if min(self.pilot, self.max_tries, self.batch) < 1:
-            got = f"pilot={self.pilot}, max_tries={self.max_tries}, batch={self.batch}"
-            raise ModelError(f"QuasiRejection: got {got}, expected at least 1")
+        for name in ("pilot", "max_tries", "batch"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"QuasiRejection: got {name}={getattr(self, name)}, expected at least 1")
 
     def _proposal(self, target: Target) -> LanguageModel | None:
         """q as an LM that fits the prior; None where draws come from the prior itself."""

@@ -109,8 +109,9 @@ class Rejection(Engine):
         return super().unsupported_reason(form)
 
     def plan(self, target: Target, request: Request) -> list[Shard]:
-        if self.max_tries < 1 or self.batch < 1:
-            raise ModelError(f"Rejection: got max_tries={self.max_tries}, batch={self.batch}, expected at least 1")
+        for name in ("max_tries", "batch"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"Rejection: got {name}={getattr(self, name)}, expected at least 1")
         if self.log_upper is not None and not math.isfinite(self.log_upper):
             raise ModelError(f"Rejection: got log_upper={self.log_upper}, expected a finite number of nats")
         zeros = torch.zeros(target.form.num_contexts, dtype=torch.int64)

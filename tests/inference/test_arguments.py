@@ -15,6 +15,8 @@ from lmppl.inference import (
     Beam,
     Greedy,
     Importance,
+    QuasiRejection,
+    Rejection,
     TemperedSMC,
     WeightedDecoding,
     infer,
@@ -43,6 +45,11 @@ ENGINES = [
       for kind in (AIS, TemperedSMC, Tempered)
       for ladder in (1.5, True, torch.tensor(1.0), (0.0, "x", 1.0), (False, True), (0.0, math.nan, 1.0))),
     (TemperedSMC(ladder=None), "TemperedSMC: got ladder=None"),
+    (Rejection(batch=0), "Rejection: got batch=0, expected at least 1"),
+    (QuasiRejection(pilot=0), "QuasiRejection: got pilot=0, expected at least 1"),
+    (MCMC(warmup=-1), "MCMC: got warmup=-1, expected at least 0"),
+    (MCMC(warmup="x"), "MCMC: got warmup='x', expected int"),
+    (Tempered(4, kernel=3), "Tempered: got kernel=3, expected a kernel"),
     *((WeightedDecoding(factors=names), "WeightedDecoding: got factors=") for names in (1.5, -1, True, "wavy", (3,))),
     *((chains(TokenGibbs(num_candidates=count)), "TokenGibbs: got num_candidates=")
       for count in ("x", math.nan, math.inf, [1], (), 2.5, True, torch.tensor(3))),

@@ -229,7 +229,7 @@ def test_closing_a_stream_stops_the_run() -> None:
     ("arguments", "message"),
     [
         ({"num_draws": 2.5}, "num_draws: got 2.5"),
-        ({"engine": Importance(2.5)}, "importance: got num_draws=2.5, expected int"),
+        ({"engine": Importance(2.5)}, "Importance: got num_draws=2.5, expected int"),
         ({"engine": BestOfN(2.5)}, "got n=2.5, expected int"),
         ({"seed": "a"}, "seed: got 'a', expected an integer"),
         ({"on_part": 3}, "on_part: got 3, expected a function of a Part"),
@@ -255,7 +255,7 @@ def test_streamed_draws_say_where_they_come_from_and_nothing_accepted_is_an_erro
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ('importance(num_draws="x")', "importance: got num_draws='x', expected int"),
+        ('importance(num_draws="x")', "Importance: got num_draws='x', expected int"),
         ('best_of_n(n="x")', "got n='x', expected int"),
         ('rejection(log_upper="x")', "got log_upper='x', expected float or None"),
         (Exact(max_sequences="x"), "got max_sequences='x', expected int"),

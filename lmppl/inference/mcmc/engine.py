@@ -230,10 +230,11 @@ class MCMC(Engine):
         for name, least in (("num_chains", 1), ("num_steps", 1), ("warmup", 0), ("thin", 1), ("max_tries", 1)):
             value = getattr(self, name)
             if value < least:
-                raise ModelError(f"{self.name}: got {name}={value}, expected at least {least}")
+                raise ModelError(f"{type(self).__name__}: got {name}={value}, expected at least {least}")
         if not isinstance(self.kernel, Kernel):
             raise ModelError(
-                f"{self.name}: got kernel={self.kernel!r}, expected a kernel such as SuffixResample(), an instance"
+                f"{type(self).__name__}: got kernel={self.kernel!r}, expected a kernel such as SuffixResample(), an "
+                "instance"
             )
         self.kernel.check(target)
 
