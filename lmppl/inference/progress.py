@@ -111,12 +111,13 @@ def rich_progress(show: bool | None = None) -> Iterator[Progress | None]:
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(table_column=Column(min_width=len("0:00:00"), no_wrap=True)),
         TextColumn("[dim]{task.fields[figures]}[/dim]"),
     )
     console = Console(stderr=True)
