@@ -2,17 +2,17 @@
 
 import pytest
 
-from lmppl.inference.engine import Request
-from lmppl.inference.progress import progress_bar
-from lmppl.inference.smc import SMC
-from lmppl.sequences import Cost
+from lmppl.inference.progress import rich_progress
 
 
-def test_the_time_is_whole_in_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_time_is_whole_in_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    figures = {"ESS": "4.1", "log Ẑ": "5.44", "acceptance": "77 %", "ancestors": "1,000 of 1,000", "more": "12,000"}
-    with progress_bar(SMC(1000), Request(10, None, 0), True) as bar:
-        bar.shown = 0.0
-        bar.within(None, 0.5, figures, Cost(lm_tokens=10))
-    assert "0:00:0" in capsys.readouterr().err
+    monkeypatch.setenv("NO_COLOR", "1")
+    with rich_progress(True) as bar:
+        assert bar is not None
+        figures = "step 12 · accepted (suffix) 62% · tokens/s 12,031"
+        bar.add_task("mcmc(num_chains=64)", total=10, figures=figures)
+    assert "0:00:00" in capsys.readouterr().err
