@@ -190,7 +190,8 @@ def _as_measured(law: Law, context: int) -> dict[str, Figure]:
     info = law.approximation.info
     lower = info.get("distances_note")
     heavy = float(info["khat"][context]) > KHAT_LIMIT
-    note = "; ".join([lower or MEASURED, *([HEAVY] if heavy else [])])
+    within = "; no proposal exceeded its bound M_q" if int(info["exceeding"][context]) == 0 else ""
+    note = "; ".join([(lower or MEASURED) + within, *([HEAVY] if heavy else [])])
     figures = {"zero": Figure(0.0, 0.0, note=NEVER_ACCEPTED)}
     for column, name in (("kl_reverse", "reverse_kl"), ("kl_forward", "kl"), ("tv", "total_variation")):
         value, error = float(info[name][context]), float(info[f"{name}_error"][context])

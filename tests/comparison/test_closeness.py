@@ -375,6 +375,16 @@ def test_a_proposal_that_may_not_cover_leaves_lower_bounds_of_the_distances() ->
     assert "may not cover" in figures["tv"].note
 
 
+def test_a_bound_that_nothing_exceeded_is_told_beside_the_distance() -> None:
+    model = soft_model("tabular")
+    loose = divergences(law_of(infer(model, QuasiRejection(bound=9.0), 20, seed=1)), None, 0)
+    assert loose["tv"].value == pytest.approx(0.0, abs=1e-12)
+    assert "no proposal exceeded its bound" in loose["tv"].note
+    tight = divergences(law_of(infer(model, QuasiRejection(bound=1.0), 20, seed=1)), None, 0)
+    assert tight["tv"].value > 0
+    assert "exceeded" not in tight["tv"].note
+
+
 def test_a_decoded_law_is_measured_by_the_log_q_that_it_keeps() -> None:
     """The row of `WeightedDecoding` has the figures of the LM that it decodes, passed as it is."""
     model = soft_model("tabular") * Constraint(has_no("bb"), prefix_closed=True, name="no bb")
