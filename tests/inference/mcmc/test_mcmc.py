@@ -153,6 +153,17 @@ def test_moves_are_changes_of_the_row_and_not_acceptances():
     assert (moves.settled.tolist(), moves.woken.tolist()) == ([4, 1, 2, 2], [0, 1, 0, 0])
 
 
+def test_chains_that_their_kernel_cannot_free_are_named():
+    """No change of one token of "aaaa" leads to a text that begins with "bb": those chains stand still, others move."""
+    prior = TabularLM([0.5, 0.5], ["a", "b"], max_new_tokens=4, eos=None)
+    islands = prior * Constraint(lambda texts: [t.startswith("bb") or t == "aaaa" for t in texts], name="islands")
+    run = infer(islands, MCMC(16, num_steps=40, warmup=0, kernel=TokenGibbs(2)), seed=0, progress=False)
+    first = run.draws.columns["step"] == 0
+    held = [i for i, text in enumerate(run.draws.select(torch.nonzero(first).squeeze(1)).text) if text == "aaaa"]
+    assert 0 < len(held) < 16
+    assert run.info["stuck"] == {0: tuple(held)}
+
+
 def test_few_kept_steps_cry_no_wolf(caplog):
     """π* gives one text 0.89: chains that keep it for two steps, or for 64, are right to."""
     prior = TabularLM.random(4, 5, seed=0, context=["", "ab"])
