@@ -66,7 +66,7 @@ class TokenGibbs(Regenerating):
         tokens, count = self.candidates, self.num_candidates
         if tokens is None:
             if count is not None and (type(count) is not int or count < 2):
-                raise ModelError(f"TokenGibbs: got num_candidates={count!r}, expected None or an integer of at least 2")
+                raise ModelError(f"TokenGibbs: got num_candidates={count!r}, expected at least 2, an integer, or None")
             return
         ids = isinstance(tokens, tuple | list) and all(type(t) is int and 0 <= t < vocab for t in tokens)
         if not ids or len(tokens) < 2 or len(set(tokens)) != len(tokens):
