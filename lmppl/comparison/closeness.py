@@ -227,6 +227,8 @@ def _of_sweeps(law: Law, reference: Reference | None, context: int) -> dict[str,
         noise = missing("the interval of log Z − E[log Ẑ], which is at least 0, lies below 0: noise")
         return {**figures, "kl_reverse": noise, "tv": noise}
     trusted = reference is not None and reference.exact
+    if law.coverage and reference is None:
+        return {**figures, "kl_reverse": missing(law.coverage), "tv": missing(law.coverage)}
     relation: Relation = "≤" if trusted else "≈"
     note = SWEEPS if trusted else f"{SWEEPS}, {OWN_LOG_Z}"
     figures["kl_reverse"] = Figure(value, relation=relation, note=note)

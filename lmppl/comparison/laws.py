@@ -115,10 +115,17 @@ class Law:
     @property
     def coverage(self) -> str:
         """Why q may not cover π*, so that weights γ/q see too little; "" where nothing speaks against it."""
-        model = self.approximation.model
+        known, model = self.approximation.info.get("coverage"), self.approximation.model
+        if known:
+            return str(known)
         if model is None or self.density is None or self.density is model.prior:
             return ""
         return coverage_note(self.density, model.prior).replace("the proposal", "q")
+
+    @property
+    def partial(self) -> str:
+        """Why its weighted means may be those of the part of π* that q covers; "" for a law that is taken as it is."""
+        return f"of what q covers; {self.coverage}" if self.kind in ("proposal", "weighted") and self.coverage else ""
 
     def error_of_mean(self, influence: Tensor, context: int) -> float:
         """The standard error of a mean under the weights, from w̄ (f − f̂) of the draws of one context."""

@@ -52,11 +52,11 @@ def summaries(
         and (reference is None or not reference.exact)
     ):
         log_z = _overlooked(log_z, log_evidence(draws), most)
-    figures = {"log_z": log_z, "kl_to_prior": _kl_to_prior(law, reference, context)}
+    figures = {"log_z": log_z, "kl_to_prior": _partial(law, _kl_to_prior(law, reference, context))}
     for name, column in draws.features.items():
         if not _is_predicate(model, name, law.draws.features[name]):
             for label, values in _components(name, column):
-                figures[f"mean:{label}"] = _mean(law, context, values)
+                figures[f"mean:{label}"] = _partial(law, _mean(law, context, values))
     for factor in model.factors:
         value = draws.log_factors[factor.name].double()
         alive = torch.where(value.isnan(), value, (value > -math.inf).double())
@@ -64,6 +64,13 @@ def summaries(
             known = _satisfied_by_law(law, reference, context, factor.name) if bool((alive == 1).all()) else None
             figures[f"satisfied:{factor.name}"] = known or _satisfied(law, context, alive)
     return figures
+
+
+def _partial(law: Law, figure: Figure) -> Figure:
+    """A figure about π*, marked where its draws may see a part of π* alone."""
+    if figure.value is None or not law.partial:
+        return figure
+    return replace(figure, relation="≈", note=law.partial)
 
 
 def _overlooked(log_z: Figure, evidence: Tensor, most: MostEvidence) -> Figure:

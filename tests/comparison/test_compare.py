@@ -100,8 +100,16 @@ def test_labels_name_the_objects_that_engines_were_given() -> None:
 def test_language_models_are_named_with_their_truncation() -> None:
     narrow = LM("tiny", context="The", max_new_tokens=2, top_k=5)
     declared = LM("tiny", context="The", max_new_tokens=2) * Reward(count_of("a"), upper=9, name="a")
-    table = compare(declared, [Importance(proposal=narrow), narrow], num_draws=40)
-    assert [row.label for row in table.rows[1:]] == ["importance(proposal=LM(top_k=5))", "LM(top_k=5)"]
+    table = compare(declared, [Importance(proposal=narrow), narrow, SMC(8, proposal=narrow)], num_draws=40)
+    labels = ["importance(proposal=LM(top_k=5))", "LM(top_k=5)", "smc(num_particles=8, proposal=LM(top_k=5))"]
+    assert [row.label for row in table.rows[1:]] == labels
+    for label in (labels[0], labels[2]):  # means under the part of π* that the proposal covers
+        for name in ("mean:a", "kl_to_prior"):
+            assert table[label][name].relation == "≈"
+            assert "may not cover" in table[label][name].note
+    assert table["LM(top_k=5)"]["mean:a"].relation == "="
+    assert table[labels[2]]["kl_reverse"].value is None  # its own log Z is too small to bound anything
+    assert "may not cover" in table[labels[2]]["tv"].note
     row = table["LM(top_k=5)"]
     assert {row[name].relation for name in ("log_z", "kl_reverse", "tv")} == {"≥"}
     assert all("may not cover" in row[name].note for name in ("log_z", "kl_reverse", "tv"))
