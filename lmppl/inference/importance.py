@@ -186,12 +186,13 @@ class Importance(Engine):
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
         log_w = torch.cat([p.draws.log_weight for p in parts if p.draws.log_weight is not None])
         context = torch.cat([p.draws.context for p in parts])
-        shares = []
+        shares, first = [], log_w[context == 0]
         for c in range(parts[0].draws.num_contexts):
             own = log_w[context == c]
             possible = bool((own > -math.inf).any())
             shares.append(float(effective_sample_size(own)) / len(own) if possible else 0.0)
-        return {"draws": f"{len(log_w):,}", "lowest ESS/N": f"{min(shares):.1%}"}
+        log_z = float(torch.logsumexp(first, 0)) - math.log(len(first))
+        return {"draws": f"{len(log_w):,}", "lowest ESS/N": f"{min(shares):.1%}", "log Ẑ": f"{log_z:.3f}"}
 
     def _proposal(self, target: Target) -> LanguageModel | None:
         """q as an LM that fits the prior; None where draws come from the prior itself."""

@@ -55,7 +55,13 @@ class RichBar(Bar):
 
     def parts(self, parts: Sequence[Part]) -> None:
         self.done = list(parts)
-        figures = {**self.engine.live(parts), "draws/s": _rate(parts, time.perf_counter() - self.start)}
+        seconds = time.perf_counter() - self.start
+        tokens = sum(p.cost.lm_tokens for p in parts)
+        figures = {
+            **self.engine.live(parts),
+            "draws/s": _rate(parts, seconds),
+            "tokens/s": _per_second(tokens, seconds),
+        }
         self._show(finished_share(self.engine, self.request, parts), figures)
 
     def within(self, shard: Shard | None, share: float, figures: Mapping[str, str], cost: Cost) -> None:
@@ -63,7 +69,7 @@ class RichBar(Bar):
         if now - self.shown < REFRESH:
             return
         self.shown = now
-        tokens = f"{cost.lm_tokens / max(now - self.start, 1e-9):,.0f}"
+        tokens = _per_second(cost.lm_tokens, now - self.start)
         before = finished_share(self.engine, self.request, self.done) or 0.0
         wanted = self.engine.wanted(self.request)
         part = 0.0 if wanted is None or shard is None else share * min(1.0, shard.num_draws / wanted)
@@ -152,4 +158,8 @@ def finished_share(engine: Engine, request: Request, parts: Sequence[Part]) -> f
 
 
 def _rate(parts: Sequence[Part], seconds: float) -> str:
-    return f"{sum(len(p.draws) for p in parts) / max(seconds, 1e-9):,.0f}"
+    return _per_second(sum(len(p.draws) for p in parts), seconds)
+
+
+def _per_second(count: int, seconds: float) -> str:
+    return f"{count / max(seconds, 1e-9):,.0f}"

@@ -184,7 +184,7 @@ class QuasiRejection(Engine):
         batches = context.split(shard.batch_size)
         made = []
         for done, rows in enumerate(batches):
-            target.report(done / len(batches), {})
+            target.report(done / len(batches), {"proposals": f"{sum(map(len, batches[:done])):,}"})
             made.append(self._proposed(target, rows, source))
         proposals = concatenate(made, pad_id=target.prior.pad_id)
         log_w = proposals.log_weight

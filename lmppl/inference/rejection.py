@@ -185,7 +185,9 @@ class Rejection(Engine):
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
         tried, accepted = tally(parts, parts[0].draws.num_contexts)
         rate = float(accepted.sum() / tried.sum())
-        return {"draws": f"{int(accepted.sum()):,}", "tried": f"{int(tried.sum()):,}", "acceptance": f"{rate:.2%}"}
+        log_z = float((accepted[0] / tried[0]).log()) + float(parts[0].info["log_upper"])
+        shown = {"draws": f"{int(accepted.sum()):,}", "tried": f"{int(tried.sum()):,}", "acceptance": f"{rate:.2%}"}
+        return {**shown, "log Ẑ": f"{log_z:.3f}"}
 
     def _refuse_empty(
         self,

@@ -414,4 +414,4 @@ def test_a_part_keeps_whole_draws_so_that_merging_is_stacking() -> None:
     assert torch.equal(whole.draws.log_weight, again.draws.log_weight)
     estimate = log_mean_weight(whole.draws.log_weight[whole.draws.context == 1])
     assert float(whole.log_normalizer[0].value[1]) == pytest.approx(float(estimate.value))
-    assert set(engine.live(parts)) == {"draws", "lowest ESS/N"}
+    assert set(engine.live(parts)) == {"draws", "lowest ESS/N", "log Ẑ"}

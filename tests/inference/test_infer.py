@@ -13,6 +13,9 @@ import pytest
 
 from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
 from lmppl.inference import (
+    AIS,
+    MCMC,
+    SMC,
     BestOfN,
     Budget,
     Engine,
@@ -20,17 +23,22 @@ from lmppl.inference import (
     Guarantee,
     Importance,
     Part,
+    QuasiRejection,
     Rejection,
     Request,
     Shard,
+    Splitting,
+    Tempered,
+    TemperedSMC,
     infer,
+    progress,
     stream,
 )
 from lmppl.inference.progress import finished_share, progress_bar
 from lmppl.lm import TabularLM
 from lmppl.modeling import Constraint, Model, Reward, Target
 from lmppl.sequences import Cost, concatenate
-from tests.models import count_of, has_no
+from tests.models import count_of, enumerable_lm, has_no, wavy
 
 PRIOR = TabularLM.random(3, 4, seed=2, context=["", "a"])
 
@@ -169,6 +177,43 @@ def test_the_bar_shows_figures_on_stderr_and_leaves(monkeypatch: pytest.MonkeyPa
     assert "acceptance" in shown
     assert "draws/s" in shown
     assert shown.rstrip().endswith("\x1b[2K")  # the line is erased at the end
+
+
+SAMPLERS = {
+    Rejection(50): {"acceptance", "log Ẑ"},
+    Importance(300): {"lowest ESS/N", "log Ẑ"},
+    SMC(16, num_sweeps=2): {"log Ẑ", "ancestors"},
+    AIS(16, num_sweeps=2): {"log Ẑ"},
+    TemperedSMC(16, num_sweeps=2): {"log Ẑ"},
+    Splitting(16, num_sweeps=2): {"log Ẑ"},
+    MCMC(4, num_steps=12, warmup=3): {"accepted (suffix)", "lowest ESS", "log Ẑ"},
+    Tempered(4, num_steps=12, warmup=3): {"accepted (suffix)", "lowest ESS", "log Ẑ"},
+    QuasiRejection(50, bound=1.0): {"acceptance"},
+    BestOfN(4): set(),
+}
+
+
+@pytest.mark.parametrize(("engine", "figures"), SAMPLERS.items(), ids=lambda e: e.name if isinstance(e, Engine) else "")
+def test_the_bar_tells_the_speed_and_how_well_it_goes(
+    engine: Engine, figures: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(progress.RichBar, "_show", lambda self, share, figures: shown.append(dict(figures)))
+    monkeypatch.setattr(progress, "REFRESH", 0.0)
+    result = infer(enumerable_lm("tabular") * Reward(wavy, beta=0.5, upper=1.0), engine, progress=True)
+    assert all("tokens/s" in one for one in shown)
+    assert float(shown[-1]["tokens/s"].replace(",", "")) > 0
+    assert figures <= set(shown[-1])
+    if "log Ẑ" in figures:
+        mine = float(shown[-1]["log Ẑ"])
+        assert mine == pytest.approx(float(result.log_normalizer[0].value[0]), abs=0.06)
+    if "lowest ESS" in figures:
+        least = float(result.info["bulk_ess"]["log_prior"].min())
+        assert float(shown[-1]["lowest ESS"].replace(",", "")) == pytest.approx(least, abs=0.51)
+    if "acceptance" in figures:
+        assert float(shown[-1]["acceptance"].rstrip("%")) / 100 == pytest.approx(
+            float(result.info["accepted"].sum() / result.info["proposals"].sum()), abs=0.05
+        )
 
 
 def test_how_far_a_run_is() -> None:

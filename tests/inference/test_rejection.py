@@ -283,7 +283,7 @@ def test_live_figures_tell_the_acceptance_rate() -> None:
     engine = Rejection(batch=256)
     parts = run_parts(engine, model_of("tabular", "product"), 30)
     live = engine.live(parts)
-    assert set(live) == {"draws", "tried", "acceptance"}
+    assert set(live) == {"draws", "tried", "acceptance", "log Ẑ"}
     assert live["acceptance"].endswith("%")
 
 

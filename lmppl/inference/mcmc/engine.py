@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lmppl.diagnostics.chains import MIN_STEPS, bulk_ess
 from lmppl.diagnostics.normalizers import log_mean_weight, log_mean_weight_bounded, stack
 from lmppl.errors import ModelError
 from lmppl.inference.approximation import LEVEL, Chains
@@ -224,7 +225,12 @@ class MCMC(Engine):
     def live(self, parts: Sequence[Part]) -> dict[str, str]:
         by_kernel, _ = Tally.rates([p.info["tally"] for p in parts])
         accepted = {f"accepted ({name})": f"{float(rate.mean()):.0%}" for name, rate in by_kernel.items()}
-        return {"draws": f"{sum(len(p.draws) for p in parts):,}", **accepted}
+        shown = {"draws": f"{sum(len(p.draws) for p in parts):,}", **accepted, **_lowest_ess(parts)}
+        log_phi = torch.cat([p.info["log_phi"] for p in parts])
+        if len(log_phi):
+            first = log_phi.chunk(parts[0].draws.num_contexts, 1)[0].flatten()
+            shown["log Ẑ"] = f"{float(torch.logsumexp(first, 0)) - math.log(len(first)):.3f}"
+        return shown
 
     def _check(self, target: Target) -> None:
         for name, least in (("num_chains", 1), ("num_steps", 1), ("warmup", 0), ("thin", 1), ("max_tries", 1)):
@@ -251,6 +257,24 @@ class MCMC(Engine):
             "shard": torch.full_like(number, shard),
         }
         return draws.with_columns(columns=columns)
+
+
+def _lowest_ess(parts: Sequence[Part]) -> dict[str, str]:
+    """The bulk ESS of log π0 in the context where it is lowest; nothing while the chains are too short to tell."""
+    contexts = parts[0].draws.num_contexts
+    log_prior = [p.draws.log_prior for p in parts]
+    steps = [x.double().view(-1, *_chains_of(p)) for x, p in zip(log_prior, parts, strict=True) if x is not None]
+    by_context = torch.cat(steps).permute(1, 2, 0)
+    if by_context.shape[2] < MIN_STEPS:
+        return {}
+    found = [bulk_ess(by_context[c]).value for c in range(contexts)]
+    return {} if any(map(math.isnan, found)) else {"lowest ESS": f"{min(found):,.0f}"}
+
+
+def _chains_of(part: Part) -> tuple[int, int]:
+    """Contexts, and chains of each."""
+    contexts = part.draws.num_contexts
+    return contexts, int(part.draws.columns["chain"].max()) + 1
 
 
 def _prior_evidence(kernel: Kernel, info: StepInfo) -> list[Tensor]:
