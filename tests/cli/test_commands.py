@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 import lmppl
 from lmppl.cli import app
 from lmppl.cli.demo import _agreement, run_demo
+from lmppl.cli.exits import say
 from lmppl.cli.sentiment import is_impersonal, sentiment
 from lmppl.comparison import Comparison, Figure
 from lmppl.sequences import Draws
@@ -266,6 +268,22 @@ def test_warnings_are_plain_lines_on_stderr(spec: str) -> None:
     result = call("compare", spec, "--engines", "best_of_n(n=1)", "-n", "50")
     assert result.exit_code == 0
     assert "note: best_of_n:" in result.stderr
+
+
+def test_messages_wrap_at_words_in_a_terminal_and_are_one_line_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    message = " ".join(["forty-two"] * 12)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    say("note", message)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2
+    assert all(set(re.sub(r"\x1b\[[0-9;]*m", "", line).split()) <= {"note:", "forty-two"} for line in lines)
+    monkeypatch.delenv("FORCE_COLOR")
+    say("note", message)
+    assert capsys.readouterr().err == f"note: {message}\n"
 
 
 def test_what_user_functions_print_never_meets_the_results(spec: str) -> None:
