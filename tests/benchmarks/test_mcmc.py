@@ -187,8 +187,9 @@ def test_suffix_resampling(folders: Callable[[str], Path], size: str) -> None:
     """All texts run to the cap here, so that the laws of the position agree but for being shared by the chains.
 
     quest-decoding and what is written after it let each chain go on from a position of its own, and then nearly every
-    step on `generate` is as long as the longest suffix. Here no chain waits for another ("length"); with a position
-    that all chains share ("horizon") they are done at the same time.
+    step on `generate` is as long as the longest suffix. Here no chain waits for another ("length"), which saves
+    forwards, and on a processor that a small model does not fill no time; with a position that all chains share
+    ("horizon") they are done at the same time, and are quicker for as many tokens.
     """
     problem = Problem(size, folders(size))
     contenders: dict[str, Callable[[int], dict[str, Any]]] = {}
@@ -218,10 +219,10 @@ def test_suffix_resampling(folders: Callable[[str], Path], size: str) -> None:
                                           for w in LAWS[size]},
     }  # fmt: skip
     record(f"mcmc-{size}", figures)
-    for law in LAWS[size]:
-        assert figures["own_positions_on_generate_over"][f"MCMC, {law}"] >= WANTED[size]
-        assert figures["shared_position_on_generate_over"][f"MCMC, {law}"] >= 1
-        assert figures["over_forwards_alone"][law] <= 1.10
+    assert figures["own_positions_on_generate_over"]["MCMC, horizon"] >= WANTED[size]
+    assert figures["shared_position_on_generate_over"]["MCMC, horizon"] >= 1
+    assert figures["over_forwards_and_draws_alone"]["horizon"] <= 1.10
+    assert figures["lm_forwards"]["MCMC, length"] < 0.75 * CAP * STEPS
 
 
 def test_where_quest_spends_its_time(folders: Callable[[str], Path]) -> None:
