@@ -168,6 +168,8 @@ def compare(
 def _entries(engines: Sequence[Entrant] | Mapping[str, Entrant], model: Model, num_draws: int | None) -> list[_Run]:
     if isinstance(engines, str | Engine | LanguageModel | Approximation):
         raise ModelError(f"engines: got one {type(engines).__name__}, expected a list: [{engines!r}]")
+    if not isinstance(engines, Sequence | Mapping):
+        raise ModelError(f"engines: got {engines!r}, expected a list such as ['importance', lmppl.SMC(64)]")
     if len(engines) == 0:
         raise ModelError(
             "engines: got none, expected at least one: lmppl.compare(model, ['importance', lmppl.SMC(64)]); the prior "

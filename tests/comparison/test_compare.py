@@ -148,6 +148,7 @@ def test_finished_approximations_are_rows_and_cost_what_they_cost() -> None:
         ([3], "expected an Engine"),
         ([], r"engines: got none, .*compare\(model, \['importance', lmppl.SMC\(64\)\]\)"),
         ({}, "engines: got none"),
+        (None, r"engines: got None, expected a list such as \['importance', "),
     ],
 )
 def test_wrong_arguments_raise_before_anything_runs(engines: Any, message: str) -> None:

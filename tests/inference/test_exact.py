@@ -356,9 +356,7 @@ def test_infeasible_models_name_the_context_and_the_factor(route):
 
     prior = TabularLM.random(3, 3, seed=1, context=["", "a"])
     short, long = constraint("short", Automaton.length(0, 1)), constraint("long", Automaton.length(2))
-    with pytest.raises(
-        InfeasibleModel, match=r"context '' \(and for 1 more\): factor 'z' alone excludes every out"
-    ):
+    with pytest.raises(InfeasibleModel, match=r"context '' \(and for 1 more\): factor 'z' alone excludes every out"):
         exact(prior * short * constraint("z", Automaton.containing("z")))
     with pytest.raises(InfeasibleModel, match="no factor alone excludes"):
         exact(prior * short * long)

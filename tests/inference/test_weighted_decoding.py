@@ -467,7 +467,7 @@ def test_bad_scores_are_named():
     def run(fn, **options):
         infer(model, WeightedDecoding.fudge(fn, **options), 5, progress=False)
 
-    with pytest.raises(FactorError, match="^prefix score: "):
+    with pytest.raises(FactorError, match=r"^prefix score: "):
         run(lambda texts: [math.nan for _ in texts])
     with pytest.raises(ModelError, match=r"got 1.5 for 'a', expected a probability"):
         run(lambda texts: [1.5 for _ in texts], probability=True)
