@@ -24,15 +24,18 @@ from lmppl.inference.mcmc import (
     Kernel,
     LocalEdit,
     Mixture,
+    ParticleGibbs,
     Restart,
     SuffixResample,
     Tempered,
     TokenGibbs,
 )
+from lmppl.inference.mcmc.tempering import swap
 from lmppl.inference.smc import SMC
 from lmppl.lm.randomness import Source
 from lmppl.modeling.target import Target, log_evidence
-from lmppl.sequences import Draws
+from lmppl.sequences import Draws, concatenate
+from lmppl.testing.statistics import too_many_misses
 
 ALPHA = 1e-3  # of each family of tests, over all its hypotheses (Holm)
 STANDARD_ERRORS = 4.0  # two-sided 6e-5
@@ -47,6 +50,7 @@ KERNELS: dict[str, Kernel] = {
     "token": TokenGibbs(8),
     "edit": LocalEdit(),
     "mixture": Mixture(),
+    "particle gibbs": ParticleGibbs(SMC(8)),
 }
 ENGINES: dict[str, Engine] = {
     "importance": lmppl.Importance(2000),
@@ -84,13 +88,12 @@ def scalars(draws: Draws) -> dict[str, torch.Tensor]:
     }
 
 
-def p_values(kernel: Kernel, seed: int, steps: int = 1) -> dict[str, float]:
+def p_values(kernel: Kernel, seed: int) -> dict[str, float]:
     """Of exchangeability, for each scalar, with exact draws as starts."""
     draws = exact().draws
     source, generator = Source(torch.Generator().manual_seed(seed)), torch.Generator().manual_seed(seed)
     state: ChainState = kernel.start(Target(model()), draws)
-    for _ in range(steps):
-        state, _ = kernel.step(state, source)
+    state, _ = kernel.step(state, source)
     before, after = scalars(draws), scalars(state.draws)
     return {name: exchangeability(before[name], after[name], generator=generator) for name in before}
 
@@ -111,6 +114,66 @@ def test_a_kernel_that_forgets_the_evidence_is_seen() -> None:
     assert "evidence" in holm(p_values(Careless(), seed=1), ALPHA)
 
 
+GROUPS, SIZE, LEVEL = 50, 20, 0.05  # independent repetitions of a test, exact draws of each, and its size
+SIZED = ("suffix, length", "block", "mixture", "particle gibbs", "swap")
+
+
+@cache
+def many(power: float = 1.0) -> Draws:
+    """Exact draws of π0·φ^power for all repetitions; a constraint is what it is at any power."""
+    m = model()
+    if power != 1.0:
+        m = m.prior * lmppl.Reward(sentiment, beta=0.5 / power, upper=1.0) * lmppl.Constraint(is_impersonal)
+    return lmppl.infer(m, lmppl.Rejection(SIZE * GROUPS), seed=31 + int(10 * power), progress=False).draws
+
+
+def stepped(kernel: Kernel) -> tuple[Draws, Draws]:
+    """Exact draws, and each after one step."""
+    state = kernel.start(Target(model()), many())
+    return many(), kernel.step(state, Source(torch.Generator().manual_seed(37)))[0].draws
+
+
+def swapped(sign: float) -> tuple[Draws, Draws]:
+    """Exact draws at λ = 1, and what stands there after one swap with exact draws at λ = 0.3; `sign` −1 is wrong."""
+    powers, kernel = torch.tensor([0.3, 1.0], dtype=torch.float64), Restart()
+    rows = torch.arange(2 * SIZE * GROUPS).view(2, -1).T.flatten()  # a row of each power in turn
+    both = concatenate([many(0.3).with_columns(columns={}), many().with_columns(columns={})]).select(rows)
+    both = both.with_columns(features={}, log_factors={}, columns={})
+    every = powers.repeat(SIZE * GROUPS)
+    state = kernel.start(Target(model()), both, power=every)
+    before = state.draws
+    pairs = torch.arange(2 * SIZE * GROUPS).view(-1, 2)
+    source = Source(torch.Generator().manual_seed(3))
+    state, _, _ = swap(kernel, state, every if sign > 0 else 1.3 - every, pairs, source)
+    return before.select(pairs[:, 1]), state.draws.select(pairs[:, 1])
+
+
+def rejections(before: Draws, after: Draws, size: int) -> dict[str, int]:
+    """How many of the groups of `size` rows are rejected at `LEVEL`, by scalar."""
+    generator, found = torch.Generator().manual_seed(41), {}
+    old, new = scalars(before), scalars(after)
+    for name in old:
+        finite = [torch.where(x[name] > -torch.inf, x[name], -10.0) for x in (old, new)]
+        pairs = zip(*(x.split(size) for x in finite), strict=True)
+        found[name] = sum(exchangeability(a, b, num_flips=999, generator=generator) <= LEVEL for a, b in pairs)
+    return found
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_the_test_has_its_size_on_right_kernels(name: str) -> None:
+    """Binomial(50, 5 %) at most, each with error 1e-4; where few rows of a group move it rejects less often."""
+    found = rejections(*(swapped(1.0) if name == "swap" else stepped(KERNELS[name])), size=SIZE)
+    for scalar, rejected in found.items():
+        assert too_many_misses(rejected, GROUPS, 1 - LEVEL) > 1e-4, scalar
+    assert sum(found.values()) > 0
+
+
+@pytest.mark.parametrize("mutant", ["suffix", "swap"])
+def test_the_test_rejects_wrong_kernels_nearly_always(mutant: str) -> None:
+    found = rejections(*(swapped(-1.0) if mutant == "swap" else stepped(Careless())), size=50)
+    assert found["evidence"] >= 0.9 * (SIZE * GROUPS / 50)
+
+
 @cache
 def result(name: str) -> lmppl.Approximation:
     return lmppl.infer(model(), ENGINES[name], seed=5, progress=False)
@@ -118,10 +181,9 @@ def result(name: str) -> lmppl.Approximation:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_agree_with_rejection_within_their_stated_errors(name: str) -> None:
-    for other in result(name).log_normalizer[:1]:
-        (known,) = exact().log_normalizer
-        gap = abs(float(other.value[0] - known.value[0]))
-        assert gap < STANDARD_ERRORS * math.hypot(float(other.standard_error[0]), float(known.standard_error[0]))
+    other, (known,) = result(name).log_normalizer[0], exact().log_normalizer
+    gap = abs(float(other.value[0] - known.value[0]))
+    assert gap < STANDARD_ERRORS * math.hypot(float(other.standard_error[0]), float(known.standard_error[0]))
     if name in OTHER_LAW:
         return
     for fn in ("sentiment", lmppl.Feature("length", lambda rows: rows.lengths.double(), on="ids")):
@@ -130,13 +192,26 @@ def test_engines_agree_with_rejection_within_their_stated_errors(name: str) -> N
         assert gap < STANDARD_ERRORS * math.hypot(float(mine.standard_error[0]), float(truth.standard_error[0]))
 
 
-def test_exact_draws_rank_uniformly_among_the_draws_of_sweeps() -> None:
-    """Nine sweeps for each exact draw, one draw by weight from each; 32 particles leave a bias far below what shows."""
-    groups, n, engine = 30, 9, SMC(32, resampling="ssp")
-    run = lmppl.infer(model(), engine, groups * n * engine.num_particles, seed=23, progress=False)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        SMC(32, resampling="ssp"),
+        MCMC(270, num_steps=1, warmup=25),
+        Tempered(270, num_temperatures=2, num_steps=1, warmup=15),
+    ],
+    ids=lambda e: e.name,
+)
+def test_exact_draws_rank_uniformly_among_the_draws_of_sweeps(engine: Engine) -> None:
+    """Nine sweeps (or chains) for each exact draw, one draw by weight from each.
+
+    What bias a sweep of so many particles, or a chain of so many steps, has is far below what shows.
+    """
+    groups, n = 30, 9
+    size = getattr(engine, "num_particles", 1)
+    run = lmppl.infer(model(), engine, groups * n * size, seed=23, progress=False)
     generator = torch.Generator().manual_seed(29)
-    chosen = []
-    for sweep in range(groups * n):
+    chosen = [torch.arange(len(run.draws))] if "chain" in run.draws.columns else []
+    for sweep in range(0 if chosen else groups * n):
         rows = torch.nonzero(run.draws.columns["sweep"] == sweep).squeeze(1)
         weights = torch.softmax(run.draws.log_weight[rows], 0)
         chosen.append(rows[torch.multinomial(weights, 1, generator=generator)])
