@@ -68,18 +68,18 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def forbid(model: LlamaForCausalLM, token: int) -> None:
-    """Make `token` all but impossible everywhere, so that all texts run to the cap.
+def forbid(model: LlamaForCausalLM, tokens: list[int]) -> None:
+    """Make `tokens` all but impossible everywhere: without EOS all texts run to the cap, and no text hides a token.
 
-    One dimension of the residual stream holds a constant that no layer writes to, and only the token's logit reads it.
+    One dimension of the residual stream holds a constant that no layer writes to, and only these logits read it.
     """
     model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0
     model.lm_head.weight[:, 0] = 0.0
-    model.lm_head.weight[token] = 0.0
-    model.lm_head.weight[token, 0] = -300.0
+    model.lm_head.weight[tokens] = 0.0
+    model.lm_head.weight[tokens, 0] = -300.0
 
 
 def make_folder(size: str, folder: Path, *, seed: int = 0) -> Path:
@@ -104,7 +104,7 @@ def make_folder(size: str, folder: Path, *, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).eval()
         torch.nn.init.normal_(model.lm_head.weight, std=LOGIT_SCALE / hidden**0.5)
-        forbid(model, tokenizer.eos_token_id)
+        forbid(model, tokenizer.all_special_ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
