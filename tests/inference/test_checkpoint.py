@@ -181,7 +181,9 @@ def test_runs_of_one_context_and_of_several_are_kept(engine: Engine | None, cont
     assert same_run(first, again)
 
 
-@pytest.mark.parametrize("evidence", [Reward(wavy, beta=0.5), Constraint(Automaton.containing("a"))], ids=["reward", "automaton"])
+@pytest.mark.parametrize(
+    "evidence", [Reward(wavy, beta=0.5), Constraint(Automaton.containing("a"))], ids=["reward", "automaton"]
+)
 def test_a_table_of_the_posterior_is_kept_and_its_law_made_again(evidence: Factor, tmp_path: Path) -> None:
     declared = TabularLM.random(3, 3, seed=0, context=["", "a"]) * evidence
     first = infer(declared, "exact", 50, checkpoint=tmp_path)
