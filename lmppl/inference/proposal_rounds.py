@@ -35,11 +35,13 @@ class ProposalShard(Shard):
 
 def tally(rounds: Sequence[Part], num_contexts: int) -> tuple[Tensor, Tensor]:
     """Proposals and acceptances (C,) int64 of whole rounds, each of which has its acceptances (C,) in its `info`."""
-    tried, accepted = torch.zeros(2, num_contexts, dtype=torch.int64)
+    if not rounds:  # asked again after each of many rounds: one operation on all of them
+        return torch.zeros(num_contexts, dtype=torch.int64), torch.zeros(num_contexts, dtype=torch.int64)
+    tried = [0] * num_contexts
     for part in rounds:
-        tried[list(part.shard.contexts)] += part.shard.num_draws
-        accepted += part.info["accepted"]
-    return tried, accepted
+        for context in part.shard.contexts:
+            tried[context] += part.shard.num_draws
+    return torch.tensor(tried), torch.stack([part.info["accepted"] for part in rounds]).sum(0)
 
 
 def next_round(

@@ -121,7 +121,8 @@ class Rejection(Engine):
         last, contexts = _shard(parts[-1]), target.form.num_contexts
         tried, accepted = tally(parts, contexts)
         if last.wanted is not None:
-            before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, *tally(parts[:-1], contexts))
+            lately = tally(parts[-1:], contexts)
+            before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, tried - lately[0], accepted - lately[1])
             if before <= MANY_PROPOSALS < _proposals_needed(last.wanted, tried, accepted):
                 _announce(last.wanted, tried, accepted, float(parts[0].info["log_upper"]))
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)
