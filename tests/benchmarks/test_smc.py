@@ -237,8 +237,9 @@ def test_larger_model(folders: Callable[[str], Path]) -> None:
 
 
 def test_longer_texts(folders: Callable[[str], Path]) -> None:
+    """Not against the critic alone, whose sixteen particles may all die in so long a text."""
     problem = Problem("0.3M", folders("0.3M"), particles=16, cap=128)
-    figures = summary(problem, *compete(problem, ["AWRS", "critic only, tuned"], 5))
+    figures = summary(problem, *compete(problem, ["AWRS"], 5))
     record("smc-0.3M-16x128", figures)
     assert figures["cpu_seconds_over_ours"]["AWRS"] >= 8
     assert figures["ours_over_by_hand"] <= 1.2
