@@ -21,7 +21,7 @@ from lmppl.inference.coverage import coverage_note, tell_coverage, with_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard
 from lmppl.inference.genealogy import distinct_ancestors
 from lmppl.inference.proposals import as_proposal
-from lmppl.inference.resampling import RESAMPLING
+from lmppl.inference.resampling import RESAMPLING, effective_sizes
 from lmppl.inference.step_proposals import LanguageModelProposal, OptimalProposal, PriorProposal, StepProposal
 from lmppl.inference.sweep import BOUNDARIES, Retained, Schedule, Sweep, SweepResult
 from lmppl.inference.twists.exclusions import steering_factors, try_exclusions
@@ -84,7 +84,7 @@ class SMC(Engine):
         Where all particles of a context died in every sweep: which factor did it, when, and what follows about Z.
     FactorError
         Where an incremental form breaks its law, naming the factor. What a form excludes is never seen in a sweep, so
-        up to 16 rows of the first one are given an excluded token each (`lmppl.inference.twists.exclusions`).
+        16 rows of the first one are given an excluded token each (`lmppl.inference.twists.exclusions`).
     ModelError
         On wrong arguments; where a proposal cannot make a token that π* can, or a twist is 0 where γ > 0.
 
@@ -334,13 +334,12 @@ def _padded(histories: Sequence[Tensor]) -> Tensor:
 
 def _worst_shape(parts: Sequence[Part], context: int) -> TailShape:
     """k̂ of the weights of all sweeps before resampling, at the round where their common ESS is lowest."""
-    rounds = max(len(p.info["log_weights"]) for p in parts)
-    worst: tuple[float, Tensor] | None = None
-    for r in range(rounds):
-        weights = torch.cat([p.info["log_weights"][min(r, len(p.info["log_weights"]) - 1), context] for p in parts])
-        if not bool((weights > -math.inf).any()):
-            continue
-        ess = float(effective_sample_size(weights))
-        if worst is None or ess < worst[0] - 1e-9:
-            worst = (ess, weights)
-    return TailShape(math.nan, "k̂ undefined: all weights are zero") if worst is None else pareto_khat(worst[1])
+    histories = [p.info["log_weights"][:, context] for p in parts]
+    rounds = max(len(h) for h in histories)
+    weights = torch.cat([h[torch.arange(rounds).clamp_max(len(h) - 1)] for h in histories], 1)
+    sizes = effective_sizes(weights)
+    alive = sizes > 0
+    if not bool(alive.any()):
+        return TailShape(math.nan, "k̂ undefined: all weights are zero")
+    lowest = alive & (sizes <= sizes[alive].min() + 1e-9)
+    return pareto_khat(weights[int(lowest.int().argmax())])

@@ -53,7 +53,7 @@ class WeightedDecoding(DecodingEngine):
     ModelError
         Where an argument is wrong, or a learned twist is that of another LM.
     FactorError
-        Where a form gives nan or +inf, or excludes a token after which φ > 0, as far as up to 16 rows show it.
+        Where a form gives nan or +inf, or excludes a token after which φ > 0, as far as 16 rows show it.
     InfeasibleModel
         Where all draws of a context have γ = 0; a warning is logged where some have.
 
@@ -169,7 +169,7 @@ class WeightedDecoding(DecodingEngine):
         return super().plan(target, request)
 
     def simulate(self, target: Target, shard: Shard, source: Source, *, state: Any = None) -> Part:
-        """As `Engine.simulate`; up to 16 rows of the first shard try what the factors' forms exclude."""
+        """As `Engine.simulate`; 16 rows of the first shard try what the factors' forms exclude."""
         part = super().simulate(target, shard, source, state=state)
         if shard.id == 0:
             names = self._names(target.model)

@@ -30,7 +30,7 @@ from lmppl.sequences import Draws
 
 __all__ = ["TRIED_ROWS", "steering_factors", "try_exclusions", "try_start"]
 
-TRIED_ROWS, FEWEST_ROWS = 16, 4  # of a run, each with one excluded token
+TRIED_ROWS = 16  # of a run, each with one excluded token
 Projection = Callable[[Tensor], Tensor]
 
 ASKED_TOKENS = 8  # that a form which reads texts is asked about, in place of all V
@@ -38,16 +38,15 @@ TRIAL_STREAM = -2  # the id of the seed of these choices, which no shard has
 
 
 def try_exclusions(target: Target, factors: Sequence[Factor], draws: Draws, seed: int) -> None:
-    """Give up to `TRIED_ROWS` rows an excluded token each, and raise where φ > 0 there.
+    """Give `TRIED_ROWS` rows an excluded token each, and raise where φ > 0 there.
 
     Rows with γ > 0 are taken where there are any. In each, at a position drawn uniformly, a token is drawn from π0
     among those that a form excludes there; what follows is the rest of the row, the rest of another row, or the end, in
     turn. The row as it was is looked at too: one that a form has killed may have φ > 0 itself.
 
-    Costs two forwards of as many rows and an evaluation of the factors' functions on as many texts, counted in the
-    target's cost; the rows are a quarter of the draws at most, beyond the first `FEWEST_ROWS`. Choices come from `seed`
-    alone. A wrong exclusion is found with a probability that grows with its share of the prior mass that is excluded;
-    `lmppl.testing.check_factor` looks at more rows.
+    Costs two forwards of at most `TRIED_ROWS` rows and an evaluation of the factors' functions on as many texts,
+    counted in the target's cost. Choices come from `seed` alone. A wrong exclusion is found with a probability that
+    grows with its share of the prior mass that is excluded; `lmppl.testing.check_factor` looks at more rows.
 
     Parameters
     ----------
@@ -119,14 +118,16 @@ def _refuse(target: Target, factor: Factor, rows: Draws, wrong: Tensor) -> None:
 
 
 def _chosen(draws: Draws, generator: torch.Generator) -> Draws:
-    """Rows to try, those with γ > 0 if there are any; again from the first where there are fewer."""
+    """`TRIED_ROWS` rows, longest first, of those with γ > 0 if there are any; repeated where there are fewer."""
     assert draws.log_prior is not None
     inside = torch.nonzero(draws.log_prior.cpu() > -math.inf).squeeze(1)
     good = inside[log_evidence(draws).cpu()[inside] > -math.inf]
     pool = good if len(good) else inside
     order = pool[torch.randperm(len(pool), generator=generator)]
-    count = min(TRIED_ROWS, max(FEWEST_ROWS, len(draws) // 4))
-    return draws.select(order[torch.arange(count) % len(order)] if len(order) else order)
+    if len(order) == 0:
+        return draws.select(order)
+    chosen = order[torch.arange(TRIED_ROWS) % len(order)]
+    return draws.select(chosen[torch.argsort(draws.lengths[chosen], descending=True, stable=True)])
 
 
 class _Walk:
@@ -146,48 +147,46 @@ class _Walk:
 
     def __init__(self, target: Target, factors: Sequence[Factor], rows: Draws, generator: torch.Generator) -> None:
         lm = target.prior
-        self.factors, self.generator, self.device = factors, generator, lm.device
+        self.generator, self.device = generator, lm.device
+        self.names = [f.name for f in factors]
         self.forms = [NamedForm.of(f, lm.vocab_size) for f in factors]
-        self.dead = [torch.zeros(len(rows), dtype=torch.bool) for _ in factors]
         share = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        at = (share * rows.lengths).long()
-        self.at = at.tolist()
+        self.at = (share * rows.lengths).long().tolist()
         self.excluded: dict[int, int] = {}
         self.by: dict[int, set[str]] = {}
         with torch.no_grad():
             hidden, project = _read(target, rows)
-            self._walk(rows.ids.to(lm.device), rows.lengths, rows.context.to(lm.device), at, hidden, project)
+            self.dead = self._walk(rows, hidden, project)
 
-    def _walk(
-        self, ids: Tensor, lengths: Tensor, context: Tensor, at: Tensor, hidden: Tensor, project: Projection
-    ) -> None:
-        going = torch.arange(len(ids))
-        states: list[Any] = [form.start(context, Step(project, hidden[:, :1])) for form in self.forms]
-        for dead, form, state in zip(self.dead, self.forms, states, strict=True):
-            dead |= form.potential(state).cpu() == -math.inf
-        for t in range(int(lengths.max())):
-            here = torch.nonzero(at[going] == t).squeeze(1)
-            if len(here):
-                logits = project(hidden[going[here].to(self.device), t])
-                self._look(states, going[here], here, torch.softmax(logits.double(), -1))
-            tokens = ids[going.to(self.device), t]
-            for dead, form, state in zip(self.dead, self.forms, states, strict=True):
-                dead[going] |= form.weigh(state, tokens[:, None])[:, 0].cpu() == -math.inf
-            on = torch.nonzero(lengths[going] > t + 1).squeeze(1)
-            going = going[on]
-            if len(going) == 0:
-                return
-            index, rows = on.to(self.device), going.to(self.device)
-            step = Step(project, hidden[rows, t + 1 : t + 2])
+    def _walk(self, rows: Draws, hidden: Tensor, project: Projection) -> list[Tensor]:
+        """Read the rows, longest first, and look at what is excluded on the way; which rows each form kills."""
+        ids = rows.ids.to(self.device)
+        states: list[Any] = [f.start(rows.context.to(self.device), Step(project, hidden[:, :1])) for f in self.forms]
+        dead = [form.potential(state) == -math.inf for form, state in zip(self.forms, states, strict=True)]
+        going = [int((rows.lengths > t).sum()) for t in range(int(rows.lengths[0]) + 1)]
+        for t, count in enumerate(going[:-1]):
+            here = [row for row, at in enumerate(self.at) if at == t]
+            if here:
+                probs = torch.softmax(project(hidden[here, t]).double(), -1)
+                self._look(states, dead, torch.tensor(here), probs.cpu())
+            tokens = ids[:count, t]
+            for gone, form, state in zip(dead, self.forms, states, strict=True):
+                gone[:count] |= form.weigh(state, tokens[:, None])[:, 0] == -math.inf
+            after = going[t + 1]
+            if after == 0:
+                break
+            step = Step(project, hidden[:after, t + 1 : t + 2])
             for k, form in enumerate(self.forms):
-                states[k] = form.advance(form.select(states[k], index), ids[rows, t], step)
+                state = states[k] if after == count else form.select(states[k], torch.arange(after, device=self.device))
+                states[k] = form.advance(state, tokens[:after], step)
+        return [gone.cpu() for gone in dead]
 
-    def _look(self, states: Sequence[Any], rows: Tensor, here: Tensor, probs: Tensor) -> None:
-        """Draw an excluded token for each of `rows`, which are the rows `here` of the states; probs (M, V) are π0's."""
-        probs = probs.cpu()
+    def _look(self, states: Sequence[Any], dead: Sequence[Tensor], rows: Tensor, probs: Tensor) -> None:
+        """Draw an excluded token for each of `rows` (M,), of the states' rows; probs (M, V) are π0's."""
         masks = []
-        for dead, form, state in zip(self.dead, self.forms, states, strict=True):
-            some = form.select(state, here.to(self.device))
+        index = rows.to(self.device)
+        for gone, form, state in zip(dead, self.forms, states, strict=True):
+            some = form.select(state, index)
             if "text" in form.needs:
                 count = min(ASKED_TOKENS, int((probs > 0).sum(1).min()))
                 asked = torch.multinomial(probs, count, generator=self.generator)
@@ -195,13 +194,13 @@ class _Walk:
                 mask = torch.zeros_like(probs, dtype=torch.bool).scatter(1, asked, weights == -math.inf)
             else:
                 mask = form.weigh(some, None).cpu() == -math.inf
-            masks.append(mask & (probs > 0) & ~dead[rows][:, None])
+            masks.append(mask & (probs > 0) & ~gone[index].cpu()[:, None])
         either = torch.stack(masks).any(0)
         for i, row in enumerate(rows.tolist()):
             if bool(either[i].any()):
                 token = int(torch.multinomial(probs[i] * either[i], 1, generator=self.generator))
                 self.excluded[row] = token
-                self.by[row] = {f.name for f, mask in zip(self.factors, masks, strict=True) if bool(mask[i, token])}
+                self.by[row] = {name for name, mask in zip(self.names, masks, strict=True) if bool(mask[i, token])}
 
 
 def _read(target: Target, rows: Draws) -> tuple[Tensor, Projection]:
