@@ -221,7 +221,7 @@ def test_suffix_resampling(folders: Callable[[str], Path], size: str) -> None:
     record(f"mcmc-{size}", figures)
     assert figures["own_positions_on_generate_over"]["MCMC, horizon"] >= WANTED[size]
     assert figures["shared_position_on_generate_over"]["MCMC, horizon"] >= 1
-    assert figures["over_forwards_and_draws_alone"]["horizon"] <= 1.10
+    assert figures["over_forwards_alone"]["horizon"] <= 1.10
     assert figures["lm_forwards"]["MCMC, length"] < 0.75 * CAP * STEPS
 
 
