@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder and by their use of `shared`; skip what needs an absent folder."""
     absent = pytest.mark.skip(reason=f"needs the shared material: no folder {SHARED} (or set LMPPL_SHARED)")
     for item in items:
+        if " at 0x" in item.nodeid:  # workers collect in processes of their own, and must find equal names
+            raise pytest.UsageError(f"{item.nodeid}: the name holds an address; give the parameters `ids`")
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if folder in MARKER_OF_FOLDER:
             item.add_marker(MARKER_OF_FOLDER[folder])

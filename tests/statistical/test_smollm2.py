@@ -42,6 +42,11 @@ def test_rejection_gives_clean_text(exact: lmppl.Approximation) -> None:
     assert all(text.isprintable() or "\n" in text for text in exact.draws.text)
 
 
+def forwards_of_splitting(found: lmppl.Approximation) -> int:
+    """Sweeps of draws; each round moves its copies twice, after a pass that reads them."""
+    return 4 * 8 + int(found.info["rounds"].sum()) * 2 * (8 + 1)
+
+
 @pytest.mark.parametrize(
     ("engine", "forwards"),
     [
@@ -56,15 +61,11 @@ def test_rejection_gives_clean_text(exact: lmppl.Approximation) -> None:
         # Sweeps of draws, then at each temperature a pass that reads them and one forward a token for each move.
         (lmppl.AIS(16, ladder=(0.0, 0.5, 1.0), num_sweeps=4), 4 * 4 * (8 + 1)),
         (lmppl.TemperedSMC(16, ladder=(0.0, 0.5, 1.0), num_sweeps=4), 4 * 4 * (8 + 1)),
-        # Sweeps of draws; each round moves its copies twice, after a pass that reads them.
-        (
-            lmppl.Splitting(16, 0.5, top=-0.8, num_moves=2, num_sweeps=4),
-            lambda found: 4 * 8 + int(found.info["rounds"].sum()) * 2 * (8 + 1),
-        ),
+        (lmppl.Splitting(16, 0.5, top=-0.8, num_moves=2, num_sweeps=4), forwards_of_splitting),
         # Three batches at most: as many proposals as three draws for each that is wanted.
         (lmppl.QuasiRejection(32, bound=-0.7, batch=64), 3 * 8),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, lmppl.Engine) else "",
 )
 def test_engines_agree_with_rejection(
     engine: lmppl.Engine,
