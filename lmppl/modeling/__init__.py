@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from lmppl.modeling.evidence import Automaton, BagOfWords, Constraint, HiddenClassifier, Optimality, PowerPrior, Reward
+from lmppl.modeling.evidence import (
+    Automaton,
+    BagOfWords,
+    Constraint,
+    HiddenClassifier,
+    LowerBound,
+    Marginal,
+    Mean,
+    Moderated,
+    Optimality,
+    PowerPrior,
+    Quantile,
+    Reward,
+    Robust,
+    SpreadGate,
+    UncertainReward,
+)
 from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target, TargetForm
@@ -15,10 +31,18 @@ __all__ = [
     "Feature",
     "HiddenClassifier",
     "Incremental",
+    "LowerBound",
+    "Marginal",
+    "Mean",
     "Model",
+    "Moderated",
     "Optimality",
     "PowerPrior",
+    "Quantile",
     "Reward",
+    "Robust",
+    "SpreadGate",
     "Target",
     "TargetForm",
+    "UncertainReward",
 ]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lmppl.lm.decoder import Step
     from lmppl.modeling.evidence.automata import Automaton
     from lmppl.modeling.model import Model
+    from lmppl.modeling.returned_values import Batch
     from lmppl.sequences import Sequences
 
 __all__ = ["Factor", "Feature", "Incremental", "missing_members", "start_incremental"]
@@ -49,6 +50,9 @@ class Feature:
         Values differ from call to call: never cached.
     fingerprint : str, optional
         Names the function's content, for the spec hash: another fingerprint is another declaration.
+    read : callable, optional
+        Makes the column (B,) or (B, K) of what `fn` returned and of the `Batch` that errors quote, where that is not
+        numbers; hashable, equal where it does the same.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Feature:
     on: FeatureInput = "text"
     stochastic: bool = False
     fingerprint: str | None = None
+    read: Callable[[Any, Batch], Tensor] | None = None
 
     @property
     def reads_prompts(self) -> bool:
@@ -68,12 +73,12 @@ class Feature:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Two features with equal identity are one: same function, read in the same way."""
+        """Two features with equal identity are one: the same function, given and read in the same way."""
         try:
             hash(self.fn)
         except TypeError:  # an unhashable callable, such as an instance of a dataclass: itself only
-            return (id(self.fn), self.on, self.stochastic)
-        return (self.fn, self.on, self.stochastic)
+            return (id(self.fn), self.on, self.stochastic, self.read)
+        return (self.fn, self.on, self.stochastic, self.read)
 
 
 @runtime_checkable

@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lmppl.errors import FactorError, ModelError
+from lmppl.errors import FactorError, ModelError, ShapeError
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.returned_values import Batch, quote, read_column
 from lmppl.sequences import Draws, Sequences
 
-__all__ = ["RowError", "evaluate", "evaluate_log_factor"]
+__all__ = ["RowError", "evaluate", "evaluate_log_factor", "returned"]
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -91,7 +91,14 @@ def evaluate(
     if len(sequences) == 0:
         return torch.zeros(0, dtype=torch.float64, device=device)
     call = _Call(feature, sequences, who, given)
-    return read_column(call.run(), call.batch).to(device)
+    read = read_column if feature.read is None else feature.read
+    return read(call.run(), call.batch).to(device)
+
+
+def returned(feature: Feature, sequences: Sequences) -> tuple[Any, Batch]:
+    """What a user function returns for B ≥ 1 sequences, as it is, and what errors say about the call."""
+    call = _Call(feature, sequences, "")
+    return call.run(), call.batch
 
 
 def evaluate_log_factor(factor: Factor, columns: dict[str, Tensor], sequences: Sequences) -> Tensor:
@@ -127,11 +134,11 @@ class _Call:
     def __init__(
         self, feature: Feature, sequences: Sequences, who: str, given: tuple[Tensor, ...] | None = None
     ) -> None:
-        self.feature, self.sequences, self.given = feature, sequences, given
+        self.feature, self.sequences, self.given, self.who = feature, sequences, given, who
         config = getattr(getattr(feature.fn, "model", None), "config", None)  # a pipeline knows its labels
         known = getattr(config, "id2label", None) or {}
         self.batch = Batch(
-            head=f"{who}: {feature.name}",
+            head=f"{who}: {feature.name}" if who else feature.name,
             size=len(sequences),
             texts=lambda: sequences.full_text if feature.on == "full" else sequences.text,
             labels=tuple(str(label) for label in known.values()),
@@ -144,6 +151,8 @@ class _Call:
             return self._call(*arguments)
         except OUT_OF_MEMORY:
             raise
+        except (FactorError, ShapeError) as error:  # of a function inside the function, whose text is told already
+            raise type(error)(f"{self.who}: {error}") from error
         except Exception as error:
             self._blame(error)
             raise

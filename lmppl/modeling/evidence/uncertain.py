@@ -1,0 +1,293 @@
+"""Uncertain rewards: evidence from a reward that is known only up to a belief, by a stated attitude."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lmppl.errors import FactorError, ModelError
+from lmppl.lm.base import LanguageModel
+from lmppl.modeling.declared_functions import to_feature
+from lmppl.modeling.evidence import attitudes
+from lmppl.modeling.evidence.attitudes import Attitude, Mean, check_number
+from lmppl.modeling.evidence.belief_reading import read_belief
+from lmppl.modeling.evidence.beliefs import Distributed, Gaussian, Members
+from lmppl.modeling.evidence.centring import centred
+from lmppl.modeling.evidence.reward import applied
+from lmppl.modeling.factors import Factor, Feature, FeatureInput
+from lmppl.modeling.returned_values import Batch
+from lmppl.modeling.user_functions import RowError
+from lmppl.sequences import Sequences
+
+__all__ = ["SpreadGate", "UncertainReward"]
+
+MEAN, SPREAD, LOG_FACTOR = range(3)  # columns of the feature
+
+
+class UncertainReward(Factor):
+    """A reward r that is known up to a belief p(r|x), at temperature β: log φ(x) is what an attitude makes of it.
+
+    `Mean()` E[r]/β; `Marginal()` log E[e^{r/β}]; `Robust(κ)` −κ log E[e^{−r/κβ}]; `LowerBound(k)` (m − k·s)/β;
+    `Quantile(t)` Q_t(r)/β; `Moderated()` log E[σ(r/β)]; see `lmppl.modeling.evidence.attitudes`. In nats. To tread
+    lightly where the reward is uncertain, choose `Robust`, `LowerBound` or `Quantile` with t < ½: they penalise
+    spread at every mean. Source: `coste2024` for ensembles of reward models.
+
+    Parameters
+    ----------
+    fn : callable or Feature
+        Of a list of texts (see `Feature.fn`), gives the belief about each: an ensemble's rewards (B, M); a tuple of
+        means (B,) and standard deviations (B,), read as Gaussian; or a distribution of torch or Pyro of batch shape
+        (B,). A Bayesian reward model, members of an ensemble, passes of dropout with masks that are fixed, draws from a
+        posterior over the last layer: all are such functions. It must be a function of the text, unless `stochastic`.
+    beta : float
+        β > 0, in the units of r.
+    attitude : Attitude
+        What the belief is worth.
+    num_references : int, optional
+        Centre the members: from member m, its mean over this many draws of the prior is subtracted, in each context.
+        Rewards learned from comparisons (Bradley and Terry) have a free constant per context and member, so that every
+        attitude but `Mean` needs this; a reward with a meaning of its own needs it not. The draws are fixed (seed 0):
+        the centre is a constant, and φ a function of x. They are made when the factor is first evaluated, once for a
+        prior, and no run is charged for them.
+    name, on, fingerprint
+        As in `Reward`.
+    upper : float
+        sup r over all beliefs, in the units of r; not together with `num_references`. log φ above its bound is an
+        error, never clipped.
+    stochastic : bool
+        `fn` gives fresh samples (B, M) of r at each call: φ is then estimated, without bias for `Marginal` and
+        `Moderated`, and engines that can use estimates run. Other attitudes refuse.
+
+    Raises
+    ------
+    ModelError
+        Where β, `upper` or `num_references` is out of range, or the attitude cannot be estimated.
+    FactorError, ShapeError
+        When evaluated: one number a text, an ensemble of one, a negative spread, nan; a law without the moment, or the
+        closed form, that the attitude asks for; infinite evidence.
+
+    Examples
+    --------
+    >>> from lmppl import Robust
+    >>> UncertainReward(lambda texts: [[1.0, 2.0]] * len(texts), beta=0.5, attitude=Robust(2), name="r").formula
+    'E[exp(-r(x)/1)]^-2'
+    """
+
+    beta: float
+    attitude: Attitude
+    reward_upper: float
+    num_references: int | None
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | Feature,
+        beta: float = 1.0,
+        attitude: Attitude | None = None,
+        *,
+        num_references: int | None = None,
+        name: str | None = None,
+        upper: float = inf,
+        on: FeatureInput = "text",
+        stochastic: bool = False,
+        fingerprint: str | None = None,
+    ) -> None:
+        attitude = Mean() if attitude is None else attitude
+        _check_attitude(attitude)
+        check_number(beta, "UncertainReward", "beta", 0.0, inf, "a positive number")
+        if upper != inf:
+            check_number(upper, "UncertainReward", "upper", -inf, inf, "the largest reward, or inf for no bound")
+        beta, upper = float(beta), float(upper)
+        feature = to_feature(
+            fn, kind="UncertainReward", name=name, on=on, stochastic=stochastic, fingerprint=fingerprint
+        )
+        if feature.stochastic and not attitude.estimable:
+            raise ModelError(
+                f"UncertainReward: got stochastic=True with {attitude!r}, whose φ fresh samples do not estimate "
+                "without bias; choose Marginal() or Moderated(), or give a fixed ensemble"
+            )
+        if num_references is not None:
+            _check_references(num_references, upper, feature)
+        bound = attitude.upper(upper, beta)
+
+        def log_factor(columns: dict[str, Tensor]) -> Tensor:
+            (column,) = columns.values()
+            value = column[:, LOG_FACTOR]
+            above = torch.nonzero(value > bound)
+            if len(above):
+                row = int(above[0, 0])
+                raise RowError(
+                    row,
+                    f"got log φ = {float(value[row]):g} for",
+                    f", above {bound:g}, which the declared upper={upper:g} allows; a bound is never clipped",
+                )
+            return value
+
+        super().__init__(
+            name=name or feature.name,
+            features=(replace(feature, read=Judgement(attitude, beta, feature.stochastic)),),
+            log_factor=log_factor,
+            upper=bound,
+            hard=False,
+            formula=attitude.formula(applied(feature), beta),
+            named=name is not None,
+        )
+        object.__setattr__(self, "beta", beta)
+        object.__setattr__(self, "attitude", attitude)
+        object.__setattr__(self, "reward_upper", upper)
+        object.__setattr__(self, "num_references", num_references)
+
+    def gate(self, max_spread: float, *, name: str | None = None) -> SpreadGate:
+        """The constraint that r is known well enough: s(x) ≤ `max_spread`; `fn` still runs once on each text."""
+        return SpreadGate(self, max_spread, name=name)
+
+    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
+        """As `Factor.bind`: centred members know the prior whose draws they are centred over."""
+        return self if self.num_references is None else centred(self, lm, self.num_references)
+
+    def describe(self) -> dict[str, Any]:
+        """As `Factor.describe`, with β, the attitude, the bound in the units of the reward, and the references."""
+        return super().describe() | {
+            "beta": self.beta,
+            "attitude": type(self.attitude).__name__,
+            "options": dict(vars(self.attitude)),
+            "reward_upper": self.reward_upper,
+            "num_references": self.num_references,
+            "on": getattr(self.features[0].fn, "on", self.features[0].on),  # of the function inside, where centred
+        }
+
+    @classmethod
+    def from_description(
+        cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
+    ) -> Self:
+        """The factor that `describe` described, from its features; the attitude is one of lmppl's."""
+        attitude = getattr(attitudes, data["attitude"])(**data["options"])
+        return cls(
+            replace(features[0], on=data["on"]),
+            float(data["beta"]),
+            attitude,
+            num_references=data["num_references"],
+            name=data["name"],
+            upper=float(data["reward_upper"]),
+        )
+
+
+class SpreadGate(Factor):
+    """A gate against texts that the reward does not know: log φ(x) = 0 where s(x) ≤ `max_spread`, else −inf.
+
+    Parameters
+    ----------
+    reward : UncertainReward
+        Whose spread s is meant; its function is shared, and runs once on each text.
+    max_spread : float
+        In the units of r.
+    name : str, optional
+        By default "<reward>_known".
+    """
+
+    reward: UncertainReward
+    max_spread: float
+
+    def __init__(self, reward: UncertainReward, max_spread: float, *, name: str | None = None) -> None:
+        if not isinstance(reward, UncertainReward):
+            raise ModelError(f"SpreadGate: got {type(reward).__name__}, expected an UncertainReward")
+        check_number(max_spread, "SpreadGate", "max_spread", 0.0, inf, "a positive number")
+        limit = float(max_spread)
+
+        def log_factor(columns: dict[str, Tensor]) -> Tensor:
+            (column,) = columns.values()
+            return torch.zeros(len(column), dtype=torch.float64, device=column.device).masked_fill(
+                column[:, SPREAD] > limit, -inf
+            )
+
+        feature = reward.features[0]
+        super().__init__(
+            name=name or f"{reward.name}_known",
+            features=reward.features,
+            log_factor=log_factor,
+            upper=0.0,
+            hard=True,
+            formula=f"1[sd[{applied(feature)}] ≤ {limit:g}]",
+            named=name is not None,
+        )
+        object.__setattr__(self, "reward", reward)
+        object.__setattr__(self, "max_spread", limit)
+
+    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
+        """As `Factor.bind`, with the features of the bound reward."""
+        references = self.reward.num_references
+        return self if references is None else centred(self, lm, references)
+
+    def describe(self) -> dict[str, Any]:
+        """As `Factor.describe`, with the reward and the limit."""
+        return super().describe() | {"reward": self.reward.describe(), "max_spread": self.max_spread}
+
+    @classmethod
+    def from_description(
+        cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
+    ) -> Self:
+        """The factor that `describe` described, from its features."""
+        reward = UncertainReward.from_description(data["reward"], features, functions)
+        return cls(reward, float(data["max_spread"]), name=data["name"])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Reads what a function said as columns (B, 3): the mean m, the spread s, and log φ by an attitude.
+
+    Parameters
+    ----------
+    attitude : Attitude
+    beta : float
+    stochastic : bool
+        What comes back must be samples.
+    """
+
+    attitude: Attitude
+    beta: float
+    stochastic: bool
+
+    def __call__(self, values: Any, batch: Batch) -> Tensor:
+        belief = values if isinstance(values, Members | Gaussian | Distributed) else read_belief(values, batch)
+        if self.stochastic and not isinstance(belief, Members):
+            raise FactorError(
+                f"{batch.head} returned {type(values).__name__}, expected samples (B, M): stochastic=True"
+            )
+        try:
+            value = self.attitude.log_factor(belief, self.beta)
+            return torch.stack([belief.mean, belief.spread, value], 1)
+        except RowError as error:
+            text = batch.text(error.row)
+            raise FactorError(f"{batch.head}: {error.before} the text {text}{error.after}") from error
+        except FactorError as error:
+            raise FactorError(f"{batch.head}: {error}") from error
+
+
+def _check_attitude(attitude: object) -> None:
+    methods = ("log_factor", "upper", "formula", "estimable")
+    if isinstance(attitude, type) or not all(hasattr(attitude, name) for name in methods):
+        fix = f": write {attitude.__name__}(...)" if isinstance(attitude, type) else ""
+        raise ModelError(
+            f"UncertainReward: got attitude={attitude!r}, expected Mean(), Marginal(), Robust(kappa), LowerBound(k), "
+            f"Quantile(level) or Moderated(){fix}"
+        )
+
+
+def _check_references(num_references: object, upper: float, feature: Feature) -> None:
+    if isinstance(num_references, bool) or not isinstance(num_references, int) or num_references < 1:
+        raise ModelError(f"UncertainReward: got num_references={num_references!r}, expected a number of draws, or None")
+    if upper != inf:
+        raise ModelError(
+            f"UncertainReward: got upper={upper:g} with num_references={num_references}; centring moves the reward, so "
+            "that its bound says nothing; leave upper= out"
+        )
+    if feature.stochastic:
+        raise ModelError("UncertainReward: got num_references= with stochastic=True, whose samples have no members")
+    if feature.on not in ("text", "full", "ids"):
+        raise ModelError(
+            f"UncertainReward: got num_references= with on={feature.on!r}, expected 'text', 'full' or 'ids'"
+        )
