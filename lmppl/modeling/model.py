@@ -107,7 +107,7 @@ class Model:
         """
         functions = [content_digest(f.fn) for f in self.features.values() if f.fingerprint is None]
         functions += [content_digest(factor.log_factor) for factor in self.factors]  # closes over β, bounds and where=
-        parts = (self.prior.fingerprint, self.graph.content_hash(), functions)
+        parts = (self.graph.content_hash(), functions)  # the graph names the prior by its fingerprint
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
