@@ -297,7 +297,7 @@ def _most_evidence(runs: Sequence[_Run], context: int) -> MostEvidence:
         for approximation in run.done:
             evidence = log_evidence(approximation.draws.select(approximation.draws.context == context))
             if len(evidence):
-                found.append(MostEvidence(float(evidence.nan_to_num(nan=-math.inf).max()), run.label))
+                found.append(MostEvidence(float(evidence.max()), run.label))
     return max(found, key=lambda one: one.value)
 
 

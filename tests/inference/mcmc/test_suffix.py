@@ -120,7 +120,8 @@ def test_blocks_at_low_temperature_leave_the_power_posterior(kind):
     assert max(off_balance(matrix, law_at(brute))) < EXACT
     assert float((law_at(brute) - torch.softmax(3.0 * brute.log_prior, 0)).abs().max()) < EXACT
     own, _ = walked_matrix(kernel, Model(lm))
-    assert off_balance(own, law_at(brute))[0] > 1e-6  # mutant: without the power; networks are nearly uniform
+    # Mutant: without the power, which tells little apart where the law is nearly uniform.
+    assert off_balance(own, law_at(brute))[0] > (VISIBLE if kind == "tabular" else 1e6 * EXACT)
 
 
 def certain():
