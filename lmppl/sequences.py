@@ -326,8 +326,8 @@ class Estimate:
     level : float
         Nominal coverage of the interval.
     kind : str
-        "exact"; "unbiased" or "consistent" (an expectation, of equal or of self-normalised weights); "unbiased_Z"
-        (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
+        "exact"; an expectation "unbiased" (of independent draws) or "consistent" (of self-normalised weights, of
+        chains); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
     standard_error : Tensor (C,), optional
         Of `value` (for a normaliser: of log Ẑ, by the delta method).
     replicates : int

@@ -51,7 +51,10 @@ def _width(low: float, high: float) -> float:
 
 def _ess_history(info: Mapping[str, Any]) -> str:
     history = info["ess_history"]
-    return f"{float(history.nan_to_num(nan=math.inf).min()):,.1f}" if isinstance(history, Tensor) else ""
+    if not isinstance(history, Tensor):
+        return ""
+    known = history[~history.isnan()]  # sweeps that end early have no ESS afterwards
+    return f"{float(known.min()):,.1f}" if len(known) else ""
 
 
 def _ancestors(info: Mapping[str, Any]) -> str:

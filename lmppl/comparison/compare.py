@@ -142,7 +142,10 @@ def compare(
         interrupted = True
     started = [run for run in runs if run.done or run.reason]
     try:
-        known = _reference(reference, model, started, seed, search=not interrupted)
+        try:
+            known = _reference(reference, model, started, seed, search=not interrupted)
+        except _Interrupted:
+            interrupted, known = True, _reference(reference, model, started, seed, search=False)
         most = [_most_evidence(started, c) for c in range(model.prior.num_contexts)]
         for run in started:
             row, details = _measure(run, known, model, most)
@@ -285,6 +288,8 @@ def _reference(
             tables = [a for a in [infer(model, engine, seed=seed, progress=False)] if isinstance(a, ExactTable)]
         except SupportTooLarge:
             log.debug("more than %d outcomes: no table of π*", TABLE_GUARD)
+        except InterruptedRun as error:
+            raise _Interrupted from error
         except LmpplError as error:
             log.warning("no table of π*: %s", error)
     best = [*tables, *exact]

@@ -129,7 +129,7 @@ class Approximation:
         few = [widening(self.clusters(self.draws.context == c)) for c in range(self.draws.num_contexts)]
         half = torch.where(error > 0, Z_SCORE * error.new_tensor(few) * error, torch.nan)
         notes = []
-        if self.guarantee is Guarantee.HEURISTIC:
+        if self.guarantee in (Guarantee.APPROXIMATE, Guarantee.HEURISTIC):
             notes.append("an expectation under the engine's own law, not under π*")
         if bool((error == 0).any()):
             notes.append("all draws of some context agree, so that they state no error: no interval there")
@@ -139,7 +139,7 @@ class Approximation:
             value,
             torch.stack([value - half, value + half], -1),
             LEVEL,
-            "unbiased" if self.draws.log_weight is None else "consistent",
+            "consistent" if self.draws.log_weight is not None or isinstance(self, Chains) else "unbiased",
             error,
             len(self.draws) // max(1, self.draws.num_contexts),
             "; ".join(notes),

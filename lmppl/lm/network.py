@@ -73,6 +73,7 @@ class Network:
             raise UnsupportedModel(f"{type(model).__name__} has no output embedding: it is no causal LM")
         self.body: Any = self.model.get_decoder()
         self.modules = list(model.modules())
+        self._buffers = [(module._buffers, name) for module in self.modules for name in module._buffers]
         # The class's own signature: an instance may be wrapped by hooks that take anything.
         self._takes = {
             id(module): inspect.signature(type(module).forward).parameters.keys() for module in (self.model, self.body)
@@ -95,6 +96,15 @@ class Network:
             if isinstance(value, int) and value > 0:
                 return value
         return None
+
+    @property
+    def frequencies_change_at(self) -> int | None:
+        """Tokens at which rotary frequencies change for the whole batch ("longrope"), None where they never do."""
+        rotary = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        if rotary.get("rope_type", rotary.get("type")) != "longrope":
+            return None
+        change = rotary.get("original_max_position_embeddings")
+        return int(change or getattr(self.config, "original_max_position_embeddings", 0)) or None
 
     def forward(
         self,
@@ -124,7 +134,10 @@ class Network:
         with self._evaluating(), torch.inference_mode() if cheaper else nullcontext():
             output = module(**arguments)
         result: Tensor = output[0] if split else output.logits
-        return result.clone() if cheaper else result
+        if not cheaper:
+            return result
+        self._restore_buffers()
+        return result.clone()
 
     def project(self, hidden: Tensor, head: str | None) -> Tensor:
         """(M, V) logits, in the dtype that the softmax runs in."""
@@ -153,6 +166,13 @@ class Network:
         else:
             width = config.hidden_size
         return int(2 * config.num_hidden_layers * width * torch.finfo(self.network_dtype).bits // 8)
+
+    def _restore_buffers(self) -> None:
+        """Buffers that a model has replaced in inference mode (rotary frequencies of longer rows) as plain tensors."""
+        for buffers, name in self._buffers:
+            value = buffers[name]
+            if value is not None and value.is_inference():
+                buffers[name] = value.clone()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -152,7 +152,8 @@ class _Call:
         except OUT_OF_MEMORY:
             raise
         except (FactorError, ShapeError) as error:  # of a function inside the function, whose text is told already
-            raise type(error)(f"{self.who}: {error}") from error
+            kind = ShapeError if isinstance(error, ShapeError) else FactorError
+            raise kind(f"{self.who}: {error}" if self.who else str(error)) from error
         except Exception as error:
             self._blame(error)
             raise

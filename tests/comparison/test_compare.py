@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lmppl.comparison import Comparison, Figure, compare
 from lmppl.comparison.figures import average, missing, spread, worst
-from lmppl.errors import ModelError
+from lmppl.errors import InterruptedRun, ModelError
 from lmppl.inference import SMC, BestOfN, Budget, Exact, Importance, Rejection, infer
 from lmppl.inference.engine import Engine, Guarantee, Part, Shard
 from lmppl.inference.mcmc import MCMC, Restart
@@ -254,6 +255,23 @@ def test_an_interrupt_in_a_later_shard_keeps_the_partial_row() -> None:
     assert table["pressed(at=1)"].status == "interrupted"
     assert table["pressed(at=1)"]["draws"].value == 1024.0
     assert "pressed(at=1) (partial)" in str(table)
+
+
+def test_an_interrupt_while_the_table_is_made_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of π* is a run of its own; stopped, it leaves rows with their own estimates, and says so."""
+    module = importlib.import_module("lmppl.comparison.compare")
+    original = module.infer
+
+    def stopped(model: Any, engine: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(engine, Exact):
+            raise InterruptedRun("stopped")
+        return original(model, engine, *args, **options)
+
+    monkeypatch.setattr(module, "infer", stopped)
+    table = compare(model(), ["importance"], num_draws=50)
+    assert table.interrupted
+    assert table.reference is None
+    assert [row.label for row in table.rows] == ["prior", "importance"]
 
 
 def test_a_budget_is_no_interruption() -> None:

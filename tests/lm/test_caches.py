@@ -4,14 +4,15 @@ import inspect
 
 import pytest
 import torch
-from transformers import LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers.cache_utils import DynamicCache
 
-from lmppl.errors import UnsupportedModel
+from lmppl.errors import ContextError, UnsupportedModel
 from lmppl.lm.caches import BufferedLayer, make_cache, select_rows
 from lmppl.lm.network import Network
 from lmppl.lm.probing import abilities_of
-from tests.lm.random_models import KINDS, WINDOW, build, config, network, random_lm, uncached_logits
+from lmppl.lm.transformers import TransformersLM
+from tests.lm.random_models import KINDS, WINDOW, build, config, network, random_lm, tokenizer, uncached_logits
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 CROPPABLE = ("llama", "mistral", "gpt2", "gemma3")
@@ -231,6 +232,22 @@ def test_what_was_read_without_gradients_serves_a_forward_with_them(kind):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     assert all(not parameter.is_inference() for parameter in model.parameters())
     assert all(not buffer.is_inference() for buffer in model.buffers())
+
+
+def test_buffers_that_a_model_replaces_stay_plain():
+    """Rotary frequencies that follow the length are made anew in a forward, and may be written afterwards."""
+    rotary = {"rope_type": "longrope", "factor": 2.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 4}
+    rotary |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+    model = LlamaForCausalLM(config("llama", 5, rope_parameters=rotary)).double().eval()
+    lm = TransformersLM(model, tokenizer=tokenizer(5), context="bacab", max_new_tokens=4)
+    before = model.model.rotary_emb.inv_freq.clone()
+    lm.draw(3, generator=torch.Generator().manual_seed(0))
+    after = model.model.rotary_emb.inv_freq
+    assert not torch.equal(before, after)
+    assert not after.is_inference()
+    after.mul_(1.0)
+    with pytest.raises(ContextError, match="changes its rotary frequencies at 4 tokens"):
+        TransformersLM(model, tokenizer=tokenizer(5), context=["ab", "bacab"], max_new_tokens=4)
 
 
 # The layer.

@@ -359,3 +359,8 @@ def test_power_posterior_with_the_tempered_prior_as_proposal():
         assert goodness_of_fit(rows, brute, law) > 1e-4
     own = infer(lm**alpha, MCMC(400, num_steps=8, warmup=23, kernel=SuffixResample()), seed=2, progress=False)
     assert float(run.info["acceptance"]["suffix"].min()) > float(own.info["acceptance"]["suffix"].max())
+
+
+def test_means_of_chains_are_consistent_not_unbiased() -> None:
+    found = infer(TabularLM.random(3, 2, seed=5) * Reward(wavy), MCMC(num_chains=4, num_steps=8), seed=0)
+    assert found.expectation(lambda texts: [float(len(t)) for t in texts]).kind == "consistent"
