@@ -8,7 +8,7 @@ from typing import Any
 
 from lmppl.errors import ContextError
 
-__all__ = ["Context", "encode_context", "list_contexts"]
+__all__ = ["Context", "check_frequencies", "check_window", "encode_context", "list_contexts"]
 
 Context = str | list[dict[str, str]] | None
 
@@ -113,3 +113,31 @@ def _checked_chat(turns: Sequence[Any], where: str) -> list[dict[str, str]]:
         if "role" not in turn or "content" not in turn:
             raise ContextError(f"{where}, turn {i}: got keys {sorted(turn)}, expected 'role' and 'content'")
     return [dict(turn) for turn in turns]
+
+
+def check_window(encoded: Sequence[Encoded], max_new_tokens: int, window: int | None) -> None:
+    """Raise `ContextError` where a row may outgrow the model's window."""
+    for i, e in enumerate(encoded):
+        if window is not None and len(e.ids) + max_new_tokens > window:
+            raise ContextError(
+                f"context {i} ({e.text[:60]!r}): {len(e.ids)} tokens and max_new_tokens={max_new_tokens} exceed the "
+                f"model's window of {window}; shorten the context or lower max_new_tokens"
+            )
+
+
+def check_frequencies(encoded: Sequence[Encoded], max_new_tokens: int, change: int | None) -> None:
+    """Raise `ContextError` where some rows are shorter and some longer than where rotary frequencies change.
+
+    Rows of one batch share their frequencies, and cached keys keep those that they were made with.
+    """
+    if change is None:
+        return
+    lengths = [len(e.ids) for e in encoded]
+    first, last = min(lengths), max(lengths) + max_new_tokens
+    if first < change < last:
+        i = lengths.index(first)
+        raise ContextError(
+            f"context {i} ({encoded[i].text[:60]!r}) has {first} tokens and rows may reach {last}: this model changes its "
+            f"rotary frequencies at {change} tokens, so that the scores of a row would depend on the others; keep all "
+            "contexts and completions on one side of it"
+        )

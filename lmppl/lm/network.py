@@ -104,7 +104,8 @@ class Network:
         if rotary.get("rope_type", rotary.get("type")) != "longrope":
             return None
         change = rotary.get("original_max_position_embeddings")
-        return int(change or getattr(self.config, "original_max_position_embeddings", 0)) or None
+        own = getattr(self.config, "original_max_position_embeddings", None)
+        return change if isinstance(change, int) else own
 
     def forward(
         self,

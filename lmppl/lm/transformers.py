@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from lmppl.errors import ContextError, ModelError
+from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.contexts import Encoded, encode_context, list_contexts
+from lmppl.lm.contexts import check_frequencies, check_window, encode_context, list_contexts
 from lmppl.lm.decoder import Step
 from lmppl.lm.grouping import GroupedRows
 from lmppl.lm.network import Network
@@ -263,8 +263,8 @@ class TransformersLM(LanguageModel):
             eos_ids=eos_ids,
             pad_id=_pad_id(network.model, tokenizer, eos_ids, network.vocab_size),
         )
-        _check_window(encoded, max_new_tokens, network.window)
-        _check_frequencies(encoded, max_new_tokens, network.frequencies_change_at)
+        check_window(encoded, max_new_tokens, network.window)
+        check_frequencies(encoded, max_new_tokens, network.frequencies_change_at)
         self.contexts = tuple(contexts)
         self.blank = [e.blank for e in encoded]
         width = max(len(e.ids) for e in encoded)
@@ -385,27 +385,3 @@ def _pad_id(model: Any, tokenizer: Any, eos_ids: Sequence[int], vocab_size: int)
         if isinstance(value, int) and 0 <= value < vocab_size:
             return value
     return 0
-
-
-def _check_window(encoded: Sequence[Encoded], max_new_tokens: int, window: int | None) -> None:
-    for i, e in enumerate(encoded):
-        if window is not None and len(e.ids) + max_new_tokens > window:
-            raise ContextError(
-                f"context {i} ({e.text[:60]!r}): {len(e.ids)} tokens and max_new_tokens={max_new_tokens} exceed the "
-                f"model's window of {window}; shorten the context or lower max_new_tokens"
-            )
-
-
-def _check_frequencies(encoded: Sequence[Encoded], max_new_tokens: int, change: int | None) -> None:
-    """Rows of one batch share their rotary frequencies, and cached keys keep those that they were made with."""
-    if change is None:
-        return
-    short = [i for i, e in enumerate(encoded) if len(e.ids) < change]
-    long = [i for i, e in enumerate(encoded) if len(e.ids) + max_new_tokens > change]
-    if short and long:
-        raise ContextError(
-            f"context {short[0]} ({encoded[short[0]].text[:60]!r}) has {len(encoded[short[0]].ids)} tokens, and context "
-            f"{long[0]} with max_new_tokens={max_new_tokens} reaches {len(encoded[long[0]].ids) + max_new_tokens}: this "
-            f"model changes its rotary frequencies at {change} tokens, so that a row's scores would depend on the others; "
-            "keep all contexts and completions on one side of it"
-        )
