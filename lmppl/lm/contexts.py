@@ -137,7 +137,7 @@ def check_frequencies(encoded: Sequence[Encoded], max_new_tokens: int, change: i
     if first < change < last:
         i = lengths.index(first)
         raise ContextError(
-            f"context {i} ({encoded[i].text[:60]!r}) has {first} tokens and rows may reach {last}: this model changes its "
-            f"rotary frequencies at {change} tokens, so that the scores of a row would depend on the others; keep all "
-            "contexts and completions on one side of it"
+            f"context {i} ({encoded[i].text[:60]!r}) has {first} tokens and rows may reach {last}: this model changes "
+            f"its rotary frequencies at {change} tokens, so that the scores of a row would depend on the others; keep "
+            "all contexts and completions on one side of it"
         )
