@@ -54,12 +54,15 @@ def sandwich(
     Raises
     ------
     ModelError
-        Where the engine is another one, or its Ẑ is biased; where the draws are weighted, or a context has none.
+        Where the engine is another one, or its Ẑ is biased; where the draws are weighted, or a context has none; where
+        they say of themselves that they are another model's, or not exact.
 
     References
     ----------
     grosse2015, zhao2024
     """
+    if isinstance(exact_draws, Draws) and exact_draws.log_weight is None:
+        _check_origin(model, exact_draws)
     if isinstance(engine, SMC):
         return sandwich_smc(model, engine, exact_draws, num_sweeps=num_sweeps, seed=seed, level=level)
     if isinstance(engine, AIS | TemperedSMC):
@@ -67,3 +70,18 @@ def sandwich(
     raise ModelError(
         f"sandwich: got {type(engine).__name__}, expected SMC, AIS or TemperedSMC, whose runs can hold an exact draw"
     )
+
+
+def _check_origin(model: Model, draws: Draws) -> None:
+    """Refuse draws whose run was of another model, or not exact; draws that do not say are taken at their word."""
+    guarantee, spec = draws.meta.get("guarantee"), draws.meta.get("spec_hash")
+    if guarantee not in (None, "exact"):
+        raise ModelError(
+            f"sandwich: the draws come from {draws.meta['engine']}, which is {guarantee}, expected exact draws: "
+            "without them the upper bound is none; take those of Rejection, or Exact(...).draw"
+        )
+    if spec not in (None, model.spec_hash):
+        raise ModelError(
+            f"sandwich: the draws are of another model, {draws.meta['formula']} (spec {spec}), than {model.formula} "
+            f"(spec {model.spec_hash}); draw them from this one"
+        )

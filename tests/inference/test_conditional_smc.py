@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError
-from lmppl.inference import resampling
+from lmppl.inference import bounds, resampling
 from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step, sandwich
 from lmppl.inference.exact import Exact
+from lmppl.inference.mcmc import MCMC
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
@@ -142,13 +143,13 @@ def test_sandwich_holds_log_z():
     model = enumerable_lm("tabular") * Reward(wavy, beta=0.4) * Constraint(has_no("b"))
     table = infer(model, Exact(), progress=False)
     draws = table.draw(60, generator=torch.Generator().manual_seed(1))
-    bounds = sandwich(model, SMC(32, proposal="prior"), draws, num_sweeps=60)
+    found = sandwich(model, SMC(32, proposal="prior"), draws, num_sweeps=60)
     for c in range(2):
         log_z = float(brute_force(model, c).log_z)
-        assert float(bounds.lower.interval[c, 0]) < log_z < float(bounds.upper.interval[c, 1])
-        assert float(bounds.lower.value[c]) < float(bounds.upper.value[c]) + 0.02
-        assert float(bounds.upper.interval[c, 1] - bounds.lower.interval[c, 0]) < 0.3
-    assert (bounds.lower.kind, bounds.upper.kind) == ("lower_bound", "upper_bound")
+        assert float(found.lower.interval[c, 0]) < log_z < float(found.upper.interval[c, 1])
+        assert float(found.lower.value[c]) < float(found.upper.value[c]) + 0.02
+        assert float(found.upper.interval[c, 1] - found.lower.interval[c, 0]) < 0.3
+    assert (found.lower.kind, found.upper.kind) == ("lower_bound", "upper_bound")
 
 
 def test_the_upper_bound_sees_a_mode_that_every_sweep_misses():
@@ -162,10 +163,10 @@ def test_the_upper_bound_sees_a_mode_that_every_sweep_misses():
 
     smc = SMC(4, twist=Blind(3), proposal="optimal")
     draws = infer(model, Exact(), progress=False).draw(20, generator=torch.Generator().manual_seed(0))
-    bounds = sandwich(model, smc, draws, num_sweeps=8)
+    found = sandwich(model, smc, draws, num_sweeps=8)
     log_z = brute_force(model, 0).log_z
-    assert bounds.lower.interval[0, 1] < log_z - 3  # a tight interval in the wrong place
-    assert bounds.upper.value[0] > log_z - 0.1
+    assert found.lower.interval[0, 1] < log_z - 3  # a tight interval in the wrong place
+    assert found.upper.value[0] > log_z - 0.1
 
 
 def test_a_twist_that_kills_the_retained_row_is_refused():
@@ -195,3 +196,16 @@ def test_wrong_rows_are_refused():
     weighted = infer(model, SMC(4), 8, progress=False).draws
     with pytest.raises(ModelError, match="weighted draws"):
         sandwich(model, engine("systematic"), weighted)
+
+
+def test_draws_of_another_model_or_engine_are_refused():
+    """They would make a number that bounds nothing."""
+    model = small_model("tabular", True)
+    exact = infer(model, Exact(), progress=False).draw(4, generator=torch.Generator().manual_seed(0))
+    other = infer(model.prior * Reward(wavy, beta=9.0, upper=1.0), Rejection(), 8, progress=False).draws
+    with pytest.raises(ModelError, match=r"the draws are of another model, π\*\(x\|c\) ∝ .* than π"):
+        bounds.sandwich(model, engine("systematic"), other)
+    chains = infer(model, MCMC(num_chains=4, num_steps=4, warmup=0), progress=False).draws
+    with pytest.raises(ModelError, match=r"come from mcmc.*, which is consistent, expected exact draws"):
+        bounds.sandwich(model, engine("systematic"), chains)
+    assert bounds.sandwich(model, engine("systematic"), exact).upper.kind == "upper_bound"
