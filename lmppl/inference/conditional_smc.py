@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lmppl.diagnostics.normalizers import mean_of_logs
-from lmppl.errors import ModelError
+from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.engine import Shard, shard_generator
-from lmppl.inference.exact_draws import log_z_holding
+from lmppl.inference.exact_draws import check_count, log_z_holding
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
 from lmppl.inference.sweep import Retained, SweepResult
@@ -54,6 +54,8 @@ def conditional_smc(target: Target, smc: SMC, rows: Draws, source: Source) -> Sw
     ------
     ModelError
         Where a row has γ = 0 or is no outcome of the prior, or the proposal cannot make it.
+    UnsupportedModel
+        For stochastic factors, and for a proposal that cannot weigh a given token (`AWRS`).
 
     References
     ----------
@@ -132,7 +134,9 @@ def sandwich(
     grosse2015, zhao2024
     """
     sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
+    check_count("sandwich", "num_sweeps", sweeps)
     target = Target(model)
+    engine.check(target)
     source = Source(shard_generator(Shard(UPPER_STREAM, 0, seed, (), 0)))
 
     def conditional(rows: Draws) -> Tensor:
@@ -156,7 +160,14 @@ def retained_rows(target: Target, rows: Draws, who: str) -> Draws:
     ------
     ModelError
         For another row, by the name `who` of the run.
+    UnsupportedModel
+        For factors that are only estimated: the estimate of a row that is kept would have to be size-biased.
     """
+    if target.form.stochastic:
+        raise UnsupportedModel(
+            f"{who} needs exact factor values: factor {target.form.stochastic[0]!r} is declared stochastic=True, and "
+            "the estimate of a row that is kept would have to be size-biased; use its expectation"
+        )
     rows = rows.to("cpu")
     whole = target.prior.is_outcome(rows)
     if not bool(whole.all()):

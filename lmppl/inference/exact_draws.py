@@ -12,7 +12,13 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import plan_rows
 from lmppl.sequences import Draws
 
-__all__ = ["log_z_holding"]
+__all__ = ["check_count", "log_z_holding"]
+
+
+def check_count(who: str, name: str, value: object) -> None:
+    """Raise `ModelError` where the argument `name` of `who` is no integer of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ModelError(f"{who}: got {name}={value!r}, expected an integer of at least 1")
 
 
 def log_z_holding(

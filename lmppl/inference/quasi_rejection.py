@@ -14,7 +14,7 @@ from lmppl.diagnostics.intervals import binomial_upper
 from lmppl.diagnostics.normalizers import log_acceptance, log_mean_weight, stack
 from lmppl.diagnostics.quasi_rejection import QuasiRejectionCurve, log_quasi_acceptance
 from lmppl.diagnostics.weights import pareto_khat
-from lmppl.errors import InfeasibleModel, ModelError
+from lmppl.errors import InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import LEVEL, Approximation, Sampler
 from lmppl.inference.coverage import coverage_note, tell_coverage, with_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
@@ -150,10 +150,24 @@ class QuasiRejection(Engine):
 
         Raises
         ------
+        ModelError
+            Where an argument or the configuration makes no sense, or the proposal does not fit the prior.
+        UnsupportedModel
+            For stochastic factors.
         InfeasibleModel
             Where no proposal of a context has γ > 0, or too few for any of the default rates.
         """
+        self.check_fields()
+        self._check()
+        Request(None, None, seed).check()
+        if type(num_proposals) is not int or num_proposals < 1:
+            raise ModelError(
+                f"QuasiRejection.curve: got num_proposals={num_proposals!r}, expected an integer of at least 1"
+            )
         target = Target(model if isinstance(model, Model) else Model(model))
+        reason = self.unsupported_reason(target.form)
+        if reason is not None:
+            raise UnsupportedModel(reason)
         contexts = tuple(range(target.form.num_contexts))
         base = make_shard(target, 0, num_proposals, seed, contexts)
         shard = QuasiRejectionShard(base.id, base.num_draws, base.seed, base.contexts, base.batch_size)

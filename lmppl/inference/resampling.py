@@ -22,6 +22,9 @@ from lmppl.lm.randomness import Source
 
 __all__ = ["RESAMPLING", "Scheme", "effective_sizes", "resample", "resample_conditionally", "resample_to"]
 
+ROUNDING = 1e-12  # of N·W̄: a part this small is none, and one this near to an integer is that integer
+ROOM = 1e-9  # of N·W̄ of a retained particle, where its own is lost in rounding
+
 
 class Scheme(NamedTuple):
     """Two laws of one scheme, for G independent groups of N particles.
@@ -64,6 +67,22 @@ def effective_sizes(log_weights: Tensor) -> Tensor:
     weights = (log_weights - top.clamp_min(torch.finfo(log_weights.dtype).min)).exp()
     squares = weights.square().sum(-1)
     return torch.where(squares > 0, weights.sum(-1).square() / squares.clamp_min(1e-300), 0.0)
+
+
+def _with_room(weights: Tensor, retained: Tensor) -> Tensor:
+    """`weights` (G, N), where the `retained` particle (G,) has at least `ROOM`/N, so that rounding leaves it its place.
+
+    Given that it survives, a particle that the others outweigh by more than rounding sees still does: its conditional
+    law is the limit of those at small weights, and that at `ROOM`/N is as near to it as `ROOM`. Other weights, of which
+    nobody sees a difference, stay as they are to the bit.
+    """
+    count = weights.shape[1]
+    lost = weights.gather(1, retained[:, None])[:, 0] * count < 2 * ROUNDING
+    if not bool(lost.any()):
+        return weights
+    raised = weights.scatter(1, retained[:, None], ROOM / count)
+    raised = raised / raised.sum(1, keepdim=True)
+    return torch.where(lost[:, None], raised, weights)
 
 
 def _normalised(log_weights: Tensor) -> Tensor:
@@ -183,9 +202,9 @@ class _Residue(NamedTuple):
 
 def _residue(weights: Tensor) -> _Residue:
     scaled = weights * weights.shape[1]
-    copies = (scaled + 1e-12).floor()  # a product of one rounding error below an integer is that integer
+    copies = (scaled + ROUNDING).floor()  # a product of one rounding error below an integer is that integer
     rest = scaled - copies
-    return _Residue(copies.long(), torch.where(rest > 1e-12, rest, 0.0))
+    return _Residue(copies.long(), torch.where(rest > ROUNDING, rest, 0.0))
 
 
 def _residual_of(residue: _Residue, source: Source, keep: int | None = None) -> tuple[Tensor, int]:
@@ -209,7 +228,7 @@ def _residual(weights: Tensor, source: Source) -> Tensor:
 
 def _residual_given(weights: Tensor, retained: Tensor, source: Source) -> tuple[Tensor, Tensor]:
     ancestors, slots = [], []
-    for row, b in zip(weights, retained.tolist(), strict=True):
+    for row, b in zip(_with_room(weights, retained), retained.tolist(), strict=True):
         residue = _residue(row[None])
         copies, share = int(residue.copies[0, b]), float(residue.rest[0, b])
         random = copies == 0 or bool(source.accept(torch.tensor([share / (copies + share)], dtype=torch.float64).log()))
@@ -235,9 +254,9 @@ def _ssp_counts(weights: list[float], source: Source, keep: int | None = None) -
     """
     count = len(weights)
     scaled = [w * count for w in weights]
-    whole = [int(s + 1e-12) for s in scaled]
+    whole = [int(s + ROUNDING) for s in scaled]
     part = [max(0.0, s - n) for s, n in zip(scaled, whole, strict=True)]
-    part = [0.0 if p < 1e-12 else p for p in part]
+    part = [0.0 if p < ROUNDING else p for p in part]
     up = [0] * count
     i = 0
     for j in range(1, count):
@@ -254,16 +273,16 @@ def _ssp_counts(weights: list[float], source: Source, keep: int | None = None) -
             now, raised, lowered = (p, p + rise, p - fall) if keep == i else (q, q - rise, q + fall)
             chance *= (base + raised) / (base + now)
             # A branch that leaves no offspring has probability 0 exactly: rounding must not make it possible.
-            chance = 1.0 if base + lowered < 1e-12 else 0.0 if base + raised < 1e-12 else chance
+            chance = 1.0 if base + lowered < ROUNDING else 0.0 if base + raised < ROUNDING else chance
         if bool(source.accept(torch.tensor([min(chance, 1.0)], dtype=torch.float64).log())):
             p, q = (p + rise, 0.0) if rise == q else (1.0, q - rise)
         else:
             p, q = (0.0, q + fall) if fall == p else (p - fall, 1.0)
         part[i], part[j] = p, q
         for k in (i, j):
-            if part[k] > 1.0 - 1e-12:
+            if part[k] > 1.0 - ROUNDING:
                 part[k], up[k] = 0.0, 1
-            elif part[k] < 1e-12:
+            elif part[k] < ROUNDING:
                 part[k] = 0.0
         if part[i] == 0.0:
             i = j
@@ -283,7 +302,7 @@ def _ssp(weights: Tensor, source: Source) -> Tensor:
 
 def _ssp_given(weights: Tensor, retained: Tensor, source: Source) -> tuple[Tensor, Tensor]:
     ancestors, slots = [], []
-    for row, b in zip(weights.tolist(), retained.tolist(), strict=True):
+    for row, b in zip(_with_room(weights, retained).tolist(), retained.tolist(), strict=True):
         counts = _ssp_counts(row, source, keep=b)
         ancestors.append(_spread(counts))
         slots.append(sum(counts[:b]) + int(source.integers(torch.tensor([counts[b]]))))

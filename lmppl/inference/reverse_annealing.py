@@ -14,7 +14,7 @@ from lmppl.inference.annealing_ladder import check_ladder
 from lmppl.inference.approximation import LEVEL
 from lmppl.inference.conditional_smc import Sandwich, retained_rows
 from lmppl.inference.engine import Request, Shard, shard_generator
-from lmppl.inference.exact_draws import log_z_holding
+from lmppl.inference.exact_draws import check_count, log_z_holding
 from lmppl.inference.run import infer
 from lmppl.inference.tempered_smc import TemperedSMC
 from lmppl.lm.randomness import Source
@@ -67,6 +67,8 @@ def conditional_annealing(
     neal2001, grosse2015, andrieu2010
     """
     engine.check(target)
+    if num_particles is not None:
+        check_count("reverse run", "num_particles", num_particles)
     rows = retained_rows(target, rows, "reverse run")
     schedule = _reversible_schedule(engine, ladder, num_particles)
     path = backward_path(target, rows, schedule.ladder, schedule.kernels[::-1], source)
@@ -124,6 +126,7 @@ def reverse_ais(
     target = Target(model)
     fixed = _ladder_of(model, engine, seed) if ladder is None else tuple(float(x) for x in ladder)
     count = engine.num_particles if num_particles is None else num_particles
+    check_count("reverse_ais", "num_particles", count)
     source = Source(shard_generator(Shard(REVERSE_STREAM, 0, seed, (), 0)))
 
     def run(rows: Draws) -> Tensor:
@@ -159,6 +162,7 @@ def sandwich_annealing(
     if engine.fixed_ladder() == ():
         raise ModelError("sandwich: ladder='online' gives a biased Ẑ, and no bound follows; use ladder='pilot'")
     sweeps = engine.num_sweeps if num_sweeps is None else num_sweeps
+    check_count("sandwich", "num_sweeps", sweeps)
     run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
     note = f"mean of log Ẑ over {sweeps} independent sweeps, N = {engine.num_particles}, Student's t"
     lower = mean_of_logs(list(run.info["log_z_sweeps"]), "lower_bound", note, level)

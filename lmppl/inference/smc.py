@@ -147,7 +147,8 @@ class SMC(Engine):
                 f"SMC: no resampling is called {self.resampling!r}{hint}; there are {', '.join(RESAMPLING)}"
             )
         every = self.every
-        good = every in BOUNDARIES if isinstance(every, str) else isinstance(every, re.Pattern) or every >= 1
+        good = every in BOUNDARIES if isinstance(every, str) else isinstance(every, re.Pattern)
+        good |= type(every) is int and every >= 1
         if not good:
             raise ModelError(
                 f"SMC: got every={every!r}, expected a number of tokens of at least 1, one of "

@@ -492,6 +492,14 @@ def test_reverse_runs_need_exact_draws_and_a_fixed_ladder() -> None:
     dead = prior.select(torch.tensor(["b" in text for text in prior.text]))
     with pytest.raises(ModelError, match=r"reverse run: row 0, .* has γ = 0"):
         reverse_ais(MODEL, AIS(4, 1), dead)
+    for count in (0, -1, 1.5):
+        with pytest.raises(ModelError, match=f"reverse_ais: got num_particles={count}, expected an integer"):
+            reverse_ais(MODEL, AIS(4), exact, num_particles=count)
+    for engine in (SMC(4), AIS(4), TemperedSMC(4)):
+        with pytest.raises(ModelError, match="sandwich: got num_sweeps=0, expected an integer"):
+            sandwich(MODEL, engine, exact, num_sweeps=0)
+    with pytest.raises(ModelError, match="SMC: got num_particles=0"):
+        sandwich(MODEL, SMC(0), exact)
 
 
 def test_default_kernels_are_far_and_near_moves() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lmppl.errors import ModelError
+from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.inference import bounds, resampling
 from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step, sandwich
 from lmppl.inference.exact import Exact
@@ -180,6 +180,24 @@ def test_a_twist_that_kills_the_retained_row_is_refused():
     smc = SMC(2, twist=Zero(3), proposal="prior")
     with pytest.raises(ModelError, match="is 0 for a row with γ > 0"):
         conditional_smc(target, smc, one_row(target, brute, row), Source(torch.Generator().manual_seed(0)))
+
+
+def test_a_conditional_run_refuses_estimates_of_factors():
+    model = enumerable_lm("tabular") * Reward(wavy, stochastic=True, name="noisy")
+    rows = model.prior.draw(1, generator=torch.Generator().manual_seed(0)).with_columns(log_weight=None)
+    with pytest.raises(UnsupportedModel, match="conditional SMC needs exact factor values: factor 'noisy'"):
+        conditional_smc(Target(model), SMC(4), rows, Source(torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_row_that_the_others_outweigh_by_far_survives(scheme):
+    model = small_lm("tabular", 4) * Reward(wavy)
+    smc = SMC(8, 1.0, scheme, twist=ArbitraryTwist(3, spread=60.0), proposal="prior")
+    rows = model.prior.draw(20, generator=torch.Generator().manual_seed(1)).with_columns(log_weight=None, log_q=None)
+    result = conditional_smc(Target(model), smc, rows, Source(torch.Generator().manual_seed(2)))
+    kept = result.draws.select(torch.arange(len(rows)) * 8 + result.slots)
+    assert kept.ids.equal(rows.ids)
+    assert kept.lengths.equal(rows.lengths)
 
 
 def test_wrong_rows_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmppl.diagnostics.quasi_rejection import quasi_rejection_curve
-from lmppl.errors import FactorError, InfeasibleModel, ModelError
+from lmppl.errors import FactorError, InfeasibleModel, ModelError, UnsupportedModel
 from lmppl.inference.approximation import Sampler
 from lmppl.inference.engine import Budget, Guarantee
 from lmppl.inference.quasi_rejection import QuasiRejection, QuasiRejectionShard
@@ -163,6 +163,19 @@ def test_a_curve_of_a_constraint_that_is_rarer_than_every_rate_says_so() -> None
     rare = TabularLM.random(4, 5, seed=0) * Constraint(lambda texts: [t == "bbaaa" for t in texts], name="bbaaa")
     with pytest.raises(InfeasibleModel, match=r"of 4,096 proposals have γ > 0.*log_bounds="):
         QuasiRejection().curve(rare)
+
+
+def test_a_curve_checks_its_arguments() -> None:
+    model = model_of("tabular", HARD)
+    for count in (0, -5, 2.5):
+        with pytest.raises(ModelError, match=f"curve: got num_proposals={count}, expected an integer"):
+            QuasiRejection().curve(model, count)
+    with pytest.raises(ModelError, match="got bound and acceptance"):
+        QuasiRejection(bound=1.0, acceptance=0.5).curve(model)
+    with pytest.raises(ModelError, match="seed: got 'x'"):
+        QuasiRejection().curve(model, seed="x")
+    with pytest.raises(UnsupportedModel, match="needs exact factor values"):
+        QuasiRejection().curve(model.prior * Reward(lambda texts: [0.0] * len(texts), stochastic=True))
 
 
 def test_live_figures() -> None:

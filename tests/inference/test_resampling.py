@@ -133,6 +133,20 @@ def test_survivors_of_several_groups(scheme):
         assert ancestors[torch.arange(4), slots].equal(retained)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("gap", [29.0, 31.0, 40.0, 800.0])
+def test_a_survivor_that_the_others_outweigh_by_far_has_a_slot(scheme, gap):
+    source = Source(torch.Generator().manual_seed(3))
+    log_w = torch.tensor([[0.0, 0.0, -gap, -gap], [0.0, -gap, -gap, -gap]], dtype=torch.float64)
+    retained = torch.tensor([3, 1])
+    ancestors, slots = resample_conditionally(scheme, log_w, retained, source)
+    assert bool((slots >= 0).all())
+    assert ancestors.gather(1, slots[:, None])[:, 0].equal(retained)
+    others = [sorted(row[:k] + row[k + 1 :]) for row, k in zip(ancestors.tolist(), slots.tolist(), strict=True)]
+    assert others[1] == [0, 0, 0]
+    assert set(others[0]) <= {0, 1}
+
+
 def test_effective_sizes():
     log_w = torch.tensor([[0.0, 0.0, 0.0], [5.0, -math.inf, -math.inf], [-math.inf] * 3], dtype=torch.float64)
     assert torch.allclose(effective_sizes(log_w), torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))

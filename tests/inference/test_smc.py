@@ -337,6 +337,8 @@ def test_a_proposal_that_does_not_cover_is_explained():
         ({"resampling": "systemic"}, "did you mean 'systematic'"),
         ({"every": "line"}, "every='line', expected a number of tokens"),
         ({"every": 0}, "every=0"),
+        ({"every": 2.5}, "every=2.5, expected a number of tokens"),
+        ({"every": None}, "every=None, expected a number of tokens"),
         ({"num_sweeps": 0}, "num_sweeps=0"),
         ({"twist": "exact"}, "twist: got str, .* expected an object with needs, start"),
         ({"proposal": "best"}, "proposal='best', expected 'prior', 'optimal'"),
