@@ -63,7 +63,7 @@ def exit_codes() -> Iterator[None]:
     satisfies the evidence; 5 interrupted; 1 any other error that lmppl raises on purpose. Errors of other kinds are
     bugs and keep their traceback.
     """
-    from lmppl.errors import LmpplError
+    from lmppl.errors import InterruptedRun, LmpplError
 
     with _warnings_on_stderr():
         try:
@@ -72,7 +72,7 @@ def exit_codes() -> Iterator[None]:
             say("interrupted", "nothing was finished, nothing is kept")
             raise typer.Exit(INTERRUPTED) from None
         except LmpplError as error:
-            say("error", str(error))
+            say("interrupted" if isinstance(error, InterruptedRun) else "error", str(error))
             raise typer.Exit(exit_code(error)) from None
         except Exception as error:
             place = _users_place(error)

@@ -25,6 +25,7 @@ from lmppl.inference.mcmc import (
 from lmppl.inference.pplm import PPLM
 from lmppl.inference.prefix_scores import ClassConditional, HiddenScore, PrefixScore
 from lmppl.inference.quasi_rejection import QuasiRejection
+from lmppl.inference.reductions import MomentFit, fit_moments
 from lmppl.inference.rejection import Rejection
 from lmppl.inference.resolve import ENGINES, parse_engine, resolve_engine, split_engines
 from lmppl.inference.reverse_annealing import conditional_annealing, reverse_ais
@@ -63,6 +64,7 @@ __all__ = [
     "LearnedTwist",
     "LocalEdit",
     "Mixture",
+    "MomentFit",
     "Part",
     "ParticleGibbs",
     "Particles",
@@ -86,6 +88,7 @@ __all__ = [
     "best_of_n_law",
     "conditional_annealing",
     "conditional_smc",
+    "fit_moments",
     "infer",
     "learn_twist",
     "parse_engine",

@@ -47,6 +47,20 @@ def widening(clusters: int | None) -> float:
 SHOWN_ENTRIES = 16  # of a tensor in `info`, when it is printed
 
 
+class Normalizers(tuple[Estimate, ...]):
+    """Estimates of log Z; asked for one where there is none, it says so."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise IndexError(
+                "log_normalizer is empty: this engine gives no estimate of log Z (chains without Restart, laws that "
+                "are not π*); use Importance or SMC, with the draws' LM as proposal where it has a density"
+            )
+        return super().__getitem__(index)
+
+
 class Info(dict[str, Any]):
     """Figures of a run by name; printed, large tensors are their shapes."""
 
@@ -94,6 +108,7 @@ class Approximation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "info", Info(self.info))
+        object.__setattr__(self, "log_normalizer", Normalizers(self.log_normalizer))
 
     def draw(self, num_draws: int, *, generator: torch.Generator | None = None) -> Draws:
         """`num_draws` equally weighted draws per context, resampled from the weights.

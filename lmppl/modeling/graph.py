@@ -229,7 +229,7 @@ class FactorGraph:
 
     def required_functions(self) -> tuple[str, ...]:
         """The keys that `to_model` needs in `functions`."""
-        features = {n for one in self._data["factors"] if not _owns_features(one) for n in one["features"]}
+        features = {n for one in self._data["factors"] for n in _users_features(one)}
         wheres = [f"{one['name']}.where" for one in self._data["factors"] if one.get("where")]
         return (*(name for name in self.feature_names if name in features), *wheres)
 
@@ -265,8 +265,7 @@ class FactorGraph:
                 f"FactorGraph.to_model: factor {data['name']!r} is a {data['kind']}, which cannot be rebuilt "
                 f"from data; pass the factor as functions['factor:{data['name']}']"
             )
-        own = [] if _owns_features(data) else [self._feature(name, functions) for name in data["features"]]
-        return build(data, own, functions)
+        return build(data, [self._feature(name, functions) for name in _users_features(data)], functions)
 
     def _feature(self, name: str, functions: Mapping[str, Any]) -> Feature:
         data = next(one for one in self._data["features"] if one["name"] == name)
@@ -301,9 +300,12 @@ class FactorGraph:
         return f"FactorGraph(features={list(self.feature_names)}, factors={list(self.factor_names)})"
 
 
-def _owns_features(factor: Mapping[str, Any]) -> bool:
-    """Whether the factor makes its own features, so that no function of the user's is needed to rebuild it."""
-    return bool(factor.get("is_automaton") or factor.get("owns_features"))
+def _users_features(factor: Mapping[str, Any]) -> list[str]:
+    """The features whose functions are the user's, and are needed to rebuild the factor; others it makes itself."""
+    names: list[str] = list(factor["features"])
+    if factor.get("is_automaton") or factor.get("owns_features"):
+        return []
+    return names[: factor.get("users_features", len(names))]
 
 
 def _check_known(who: str, references: Iterable[str], known: Collection[str]) -> None:

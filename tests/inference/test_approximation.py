@@ -8,6 +8,7 @@ import torch
 
 from lmppl.errors import FactorError, ShapeError
 from lmppl.inference import SMC, Chains, Guarantee, Importance, Particles, infer
+from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Feature
 from tests.models import enumerable_lm, wavy
@@ -96,3 +97,12 @@ def test_errors_of_an_expectation_name_no_factor():
         run.expectation(lambda texts: [math.nan for _ in texts])
     with pytest.raises(ShapeError, match=r"^expectation: <lambda> returned: got shape \(1,\)"):
         run.expectation(lambda texts: [1.0])
+
+
+def test_an_engine_without_an_estimate_says_so():
+    prior = TabularLM.random(3, 2, seed=5)
+    found = infer(prior * Reward(lambda texts: [float(len(t)) for t in texts], name="r"), "best_of_n", 8)
+    assert found.log_normalizer == ()
+    assert found.log_normalizer[:1] == ()
+    with pytest.raises(IndexError, match="this engine gives no estimate of log Z"):
+        found.log_normalizer[0]

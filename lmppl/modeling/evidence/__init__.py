@@ -5,6 +5,7 @@ from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
+from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.reward import Optimality, Reward
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
@@ -18,6 +19,7 @@ __all__ = [
     "Marginal",
     "Mean",
     "Moderated",
+    "Moment",
     "Optimality",
     "PowerPrior",
     "Quantile",
