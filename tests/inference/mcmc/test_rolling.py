@@ -59,6 +59,29 @@ def test_the_joint_law_of_two_chains_is_the_product_of_their_steps(shape):
     assert abs(total - 1) < EXACT
 
 
+def test_rows_of_different_lengths_draw_positions_of_their_own():
+    """The joint law of one step of a row of two tokens beside one of three."""
+    model = SHAPES["soft"](TabularLM.random(2, 3, order=1, seed=4, context=["", "a"]))
+    starts, laws = [], []
+    for context, length in ((0, 2), (1, 3)):
+        matrix, brute = walked_matrix(SuffixResample(), model, context)
+        at = int(torch.nonzero((brute.sequences.lengths == length) & (brute.log_gamma > -math.inf))[0, 0])
+        starts.append(draws_at(model, brute, [at]))
+        laws.append(dict(zip(brute.sequences.keys(), matrix[at].tolist(), strict=True)))
+    target, kernel = Target(model), SuffixResample()
+
+    def run(source):
+        (walked,) = kernel.walk(kernel.start(target, concatenate(starts)), source, 1)
+        return tuple(walked.draws.keys())
+
+    law: dict = {}
+    for probability, pair in every_outcome(run):
+        law[pair] = law.get(pair, 0.0) + probability
+    assert law.keys() == {(a, b) for a, p in laws[0].items() for b, q in laws[1].items() if p * q > 0}
+    for (a, b), probability in law.items():
+        assert abs(probability - laws[0][a] * laws[1][b]) < EXACT
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_next"])
 def test_what_chains_say_of_their_rows_is_what_uncached_forwards_say(kind):
     lm = random_lm(kind, max_new_tokens=6)
