@@ -207,3 +207,13 @@ def test_a_twist_on_hidden_states_is_rebuilt_at_boundaries(kind):
     for row, got in zip(everyone.tolist(), scores, strict=True):
         prefix = frontier.ids[row, : int(frontier.lengths[row])].tolist()
         assert torch.allclose(got, uncached_logits(lm, int(frontier.context[row]), prefix)[-1], atol=1e-9)
+
+
+def test_an_exact_twist_is_refused_by_another_prior():
+    """Other tables, and other contexts, whose prefixes it does not know."""
+    one, other = (TabularLM.random(3, 3, seed=seed, context=["", "a"]) * Reward(wavy) for seed in (1, 2))
+    twist = ExactTwist.of(one)
+    assert infer(one, SMC(8, twist=twist), progress=False).log_normalizer[0].value.shape == (2,)
+    for foreign in (other, one | ["a", ""]):
+        with pytest.raises(ModelError, match=r"the exact twist is that of TabularLM.* by ExactTwist.of"):
+            infer(foreign, SMC(8, twist=twist), progress=False)

@@ -52,12 +52,16 @@ class ExactTwist:
     ----------
     law, base : PosteriorLM
         π* and π0 as machines, on the same contexts; `ExactTwist.of(model)` computes them.
+    prior : LanguageModel, optional
+        The π0 that `base` is, so that the twist is refused by others.
     """
 
     needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"ids"})
 
-    def __init__(self, law: PosteriorLM, base: PosteriorLM) -> None:
+    def __init__(self, law: PosteriorLM, base: PosteriorLM, prior: LanguageModel | None = None) -> None:
         self.law, self.base = law, base
+        self.prior_shown = "" if prior is None else repr(prior)
+        self.prior_fingerprint = None if prior is None else prior.fingerprint
         self.log_normalizer: Tensor = law.log_normalizer
 
     @classmethod
@@ -75,14 +79,23 @@ class ExactTwist:
         if isinstance(law, PrefixTreeLM):
             log_prior = table.draws.log_prior
             assert log_prior is not None
-            return cls(law, PrefixTreeLM(model.prior, table.draws, log_prior))
+            return cls(law, PrefixTreeLM(model.prior, table.draws, log_prior), model.prior)
         prior = infer(Model(model.prior), Exact(max_sequences=max_sequences), 1, progress=False)
-        return cls(law, _machine(prior.as_language_model()))
+        return cls(law, _machine(prior.as_language_model()), model.prior)
 
     @property
     def fingerprint(self) -> str:
         """Of the two laws."""
         return hashlib.sha256(f"{self.law.fingerprint}{self.base.fingerprint}".encode()).hexdigest()[:16]
+
+    def unsupported_reason(self, lm: LanguageModel) -> str | None:
+        """Why the twist cannot serve `lm`, in one sentence; None where it can."""
+        if self.prior_fingerprint in (None, lm.fingerprint):
+            return None
+        return (
+            f"the exact twist is that of {self.prior_shown} (fingerprint {self.prior_fingerprint}), and this is {lm!r} "
+            f"(fingerprint {lm.fingerprint}): other tables, contexts or options; compute it by ExactTwist.of(model)"
+        )
 
     def start(self, contexts: Tensor) -> _Rows:
         """As `Incremental.start`."""
