@@ -30,14 +30,17 @@ SHAPES = {
 }
 
 
-def tiny_lm(kind, seed=0, horizon=None):
-    """V = 3 with EOS, T = 3 (tables) or 2 (networks), contexts of different length: 15 or 7 outcomes."""
+def tiny_lm(kind, seed=0, horizon=None, temperature=1.0):
+    """V = 3 with EOS, T = 3 (tables) or 2 (networks), contexts of different length: 15 or 7 outcomes.
+
+    At temperature 1 the networks give one outcome nearly all mass.
+    """
     if kind == "tabular":
         return TabularLM.random(3, horizon or 3, order=2, seed=seed, context=["", "ab"])
     from lmppl.lm.transformers import TransformersLM
     from tests.lm.random_models import build, tokenizer
 
-    options = {"context": ["ab", "bacab"], "max_new_tokens": horizon or 2}
+    options = {"context": ["ab", "bacab"], "max_new_tokens": horizon or 2, "temperature": temperature}
     return TransformersLM(build(kind, 3, seed=seed), tokenizer=tokenizer(3), **options)
 
 

@@ -114,14 +114,13 @@ def test_guided_laws_as_proposals(kind):
 
 @pytest.mark.parametrize("kind", ENUMERABLE)
 def test_blocks_at_low_temperature_leave_the_power_posterior(kind):
-    lm = tiny_lm(kind)
+    lm = tiny_lm(kind, temperature=4.0)
     kernel = SuffixResample("horizon", proposal=lm.at_temperature(1 / 3), block=2)
     matrix, brute = walked_matrix(kernel, lm**3.0)
     assert max(off_balance(matrix, law_at(brute))) < EXACT
     assert float((law_at(brute) - torch.softmax(3.0 * brute.log_prior, 0)).abs().max()) < EXACT
     own, _ = walked_matrix(kernel, Model(lm))
-    # Mutant: without the power, which tells little apart where the law is nearly uniform.
-    assert off_balance(own, law_at(brute))[0] > (VISIBLE if kind == "tabular" else 1e6 * EXACT)
+    assert off_balance(own, law_at(brute))[0] > VISIBLE  # mutant: without the power
 
 
 def certain():
