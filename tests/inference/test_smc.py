@@ -175,6 +175,24 @@ def test_khat_is_that_of_the_weights_at_the_worst_round():
     assert abs(shapes[worst] - shapes[-1]) > 0.05
 
 
+def test_khat_pools_sweeps_on_the_scale_of_z():
+    """Resampled after every token: the weights of a round count for what their sweep's Ẑ is up to it."""
+    lm = TabularLM.random(12, 6, seed=3, eos=None)
+    smc, parts = SMC(64, twist=ArbitraryTwist(12, spread=2.5), proposal="prior", ess_threshold=1.0), []
+    run = infer(lm * Reward(wavy), smc, 256, progress=False, on_part=parts.append)
+    assert len(parts) == 4
+    assert all(bool(p.info["resampled"][:-1].all()) for p in parts)
+    history = torch.stack([p.info["log_weights"][:, 0] for p in parts], 1)  # (rounds, sweeps, N)
+    log_z = torch.logsumexp(history, -1) - math.log(64)
+    assert torch.allclose(log_z[-1], run.info["log_z_sweeps"][0], atol=1e-10, rtol=0)
+    sizes = [1 / float(torch.softmax(w.flatten(), 0).square().sum()) for w in history]
+    worst = min(range(len(sizes)), key=sizes.__getitem__)
+    assert float(run.info["khat"][0]) == pytest.approx(pareto_khat(history[worst].flatten()).value, abs=1e-9)
+    alone = history - log_z[:, :, None]  # mutant: each sweep on a scale of its own, at any round
+    mutants = [pareto_khat(weights.flatten()).value for weights in alone]
+    assert not any(abs(value - float(run.info["khat"][0])) < 0.01 for value in mutants)  # nan: undefined
+
+
 def test_defaults():
     lm, target = small_lm("tabular"), lambda m: Target(m)
     smc = SMC()
