@@ -108,7 +108,8 @@ def test_an_estimate_says_that_its_proposal_may_not_cover(engine, caplog):
     model = EVERYTHING * Reward(wavy, beta=0.4)
     run = infer(model, replace(engine, proposal=NO_B), progress=False)
     note = "gives probability 0 to tokens that the prior can make, so it may not cover π*: then E Ẑ < Z"
-    assert note in run.log_normalizer[0].note
+    from_weights = run.log_normalizer[: 1 if isinstance(engine, QuasiRejection) else None]
+    assert all(note in e.note for e in from_weights)  # log Z_q is a lower bound whatever q covers
     assert [e.kind for e in run.log_normalizer] == ["lower_bound"] * len(run.log_normalizer)
     assert note in run.info["coverage"]
     assert [note in r.message for r in caplog.records].count(True) == 1
