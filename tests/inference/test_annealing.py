@@ -242,6 +242,20 @@ def test_the_reverse_run_from_an_exact_draw(kind, factors, engine, ladder) -> No
     assert log_mean >= log_z - TOLERANCE
 
 
+def test_the_retained_row_starts_in_every_slot_alike() -> None:
+    model = small_model("tabular", "soft")
+    target, table = Target(model), brute_force(model, 0)
+    row = model.prior.parse(table.sequences.ids[:1], torch.tensor([0]))
+    row = Draws(row.ids, row.lengths, row.finished, row.context, row.prompts, model.prior.decode)
+    found = torch.zeros(3, dtype=torch.float64)
+    engine = TemperedSMC(3, ladder=(0.0, 1.0))
+    for probability, result in every_outcome(lambda source: conditional_annealing(target, engine, row, source)):
+        assert result.slots is not None
+        found[result.slots] += probability
+        assert result.draws.keys()[int(result.slots)] == row.keys()[0]
+    assert torch.allclose(found, torch.full_like(found, 1 / 3), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("engine", [AIS(1, kernel=CYCLE), AIS(2, kernel=CYCLE), TemperedSMC(2, kernel=CYCLE)])
 def test_the_same_kernels_in_the_forward_order_are_no_reverse_run(engine) -> None:
     """Mutant: the composition is not reversible, so that it is not its own time reversal.

@@ -19,6 +19,7 @@ from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.target import Target
+from lmppl.testing.enumeration import every_outcome
 from tests.inference.smc_cases import (
     SCHEMES,
     VISIBLE,
@@ -198,6 +199,19 @@ def test_a_row_that_the_others_outweigh_by_far_survives(scheme):
     kept = result.draws.select(torch.arange(len(rows)) * 8 + result.slots)
     assert kept.ids.equal(rows.ids)
     assert kept.lengths.equal(rows.lengths)
+
+
+def test_the_retained_row_starts_in_every_slot_alike():
+    """Schemes are not symmetric in the slots, so that a fixed one would not do where there are more than three."""
+    model = small_model("tabular", False, horizon=1)
+    brute, target = brute_of(model), Target(model)
+    for i in possible(brute):
+        row = one_row(target, brute, i)
+        found = torch.zeros(3, dtype=torch.float64)
+        for probability, result in every_outcome(lambda s, r=row: conditional_smc(target, SMC(3), r, s)):
+            found[result.slots] += probability
+            assert result.draws.keys()[int(result.slots)] == row.keys()[0]
+        assert torch.allclose(found, torch.full_like(found, 1 / 3), atol=INVARIANT, rtol=0)
 
 
 def test_wrong_rows_are_refused():
