@@ -8,7 +8,7 @@ import torch
 
 from lmppl.inference.mcmc import Mixture, Restart, SuffixResample
 from lmppl.inference.mcmc.chains import log_acceptance
-from lmppl.inference.mcmc.kernels import conditioned_log_ratio
+from lmppl.inference.mcmc.kernels import conditioned_log_ratio, marginalised_log_ratio
 from lmppl.inference.pplm import PPLM
 from lmppl.inference.weighted_decoding import WeightedDecoding
 from lmppl.lm.randomness import Source
@@ -162,6 +162,27 @@ def test_a_position_that_the_new_row_would_not_take_refuses_it(kind):
     assert torch.allclose(matrix, written, atol=1e-10, rtol=0)
     wrong, _ = suffix_matrix(kernel, model, log_ratio=zeros_left_out)
     assert off_balance(wrong, law_at(brute))[0] > VISIBLE
+
+
+@pytest.mark.parametrize("kind", ENUMERABLE)
+@pytest.mark.parametrize("index", ["length", "horizon", "entropy"])
+def test_the_ratio_given_the_position_is_that_summed_over_it(kind, index):
+    """p(i|x) q(x'_≥i) is a function of i and the shared prefix times one of x, x': the sum cancels, row by row."""
+    seen = 0
+
+    def compared(old, new, keep):
+        nonlocal seen
+        at = keep[:, None]
+        one, summed = conditioned_log_ratio(old, new, keep), marginalised_log_ratio(old, new, keep)
+        same = (old.ids == new.ids).cumprod(1).sum(1) >= keep
+        inside = same & (torch.cat([x.log_index.gather(1, at) for x in (old, new)], 1) > -torch.inf).all(1)
+        assert torch.allclose(one[inside], summed[inside], atol=EXACT, rtol=0)
+        seen += int((inside & (torch.minimum(old.lengths, new.lengths) == 1)).sum())
+        return one
+
+    for q in (tiny_lm(kind), tiny_lm(kind, 1)):
+        suffix_matrix(SuffixResample(index, proposal=q), SHAPES["soft"](tiny_lm(kind)), log_ratio=compared)
+    assert seen > 0  # rows of one token among them
 
 
 # Mutants.
