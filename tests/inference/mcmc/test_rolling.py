@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lmppl.inference.mcmc import MCMC, SuffixResample
+from lmppl.inference.mcmc import MCMC, SuffixResample, rolling
 from lmppl.inference.mcmc.chains import Kernel
 from lmppl.inference.run import infer
 from lmppl.lm.randomness import Source
@@ -23,22 +23,28 @@ EXACT = 1e-12
 
 
 def two_chains(model):
-    """A chain of each context, at its first row with γ > 0, and the steps' matrices."""
+    """A chain of each context, at its shortest and at its longest row with γ > 0, and the steps' matrices."""
     matrices, starts, first = [], [], []
     for context in (0, 1):
         matrix, brute = walked_matrix(SuffixResample(), model, context)
-        at = int(torch.nonzero(brute.log_gamma > -math.inf)[-1, 0])
+        order = torch.argsort(brute.sequences.lengths, stable=True, descending=context == 1)
+        at = int(order[brute.log_gamma[order] > -math.inf][0])
         matrices.append((matrix, brute.sequences.keys()))
         starts.append(draws_at(model, brute, [at]))
         first.append(at)
     return matrices, starts, first
 
 
-@pytest.mark.parametrize("shape", ["soft", "hard"])
-def test_the_joint_law_of_two_chains_is_the_product_of_their_steps(shape):
-    """All paths of two steps of two chains, one of which may be in its second step while the other is in its first."""
+@pytest.mark.parametrize(("shape", "waiting"), [("soft", rolling.WAITING), ("hard", rolling.WAITING), ("soft", 1)])
+def test_the_joint_law_of_two_chains_is_the_product_of_their_steps(shape, waiting, monkeypatch):
+    """All paths of two steps of two chains, one of which may be in its second step while the other is in its first.
+
+    Or they wait for each other, as those that end together do, and begin rows of other lengths together.
+    """
+    monkeypatch.setattr(rolling, "WAITING", waiting)
     model = SHAPES[shape](TabularLM.random(2, 2, order=1, seed=4, context=["", "a"]))
     matrices, starts, first = two_chains(model)
+    assert starts[0].lengths != starts[1].lengths
     target, kernel = Target(model), SuffixResample()
 
     def run(source):
