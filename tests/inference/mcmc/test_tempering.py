@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError, UnsupportedModel
-from lmppl.inference.mcmc import MCMC, Restart, SuffixResample, Tempered
+from lmppl.inference.mcmc import MCMC, Restart, SuffixResample, Tempered, tempering
 from lmppl.inference.mcmc.tempering import adapted_ladder, log_swap_acceptance, swap
 from lmppl.inference.run import infer
 from lmppl.lm.transformers import TransformersLM
@@ -137,6 +137,33 @@ def test_the_engine_shows_its_swaps_and_freezes_its_ladder():
     assert len(run.draws) == 2 * 8 * 40
     fixed = infer(model, Tempered(8, num_steps=4, warmup=20, ladder=(0.0, 0.3, 1.0)), progress=False)
     assert fixed.info["ladder"] == (0.0, 0.3, 1.0)
+
+
+def test_swap_rates_are_those_of_each_pair_of_neighbours(monkeypatch):
+    """Against the swaps themselves, of three chains in two contexts, those of the warm-up left out."""
+    seen = []
+
+    def spy(kernel, state, powers, pairs, source):
+        found = swap(kernel, state, powers, pairs, source)
+        seen.append((powers, pairs, found[1]))
+        return found
+
+    monkeypatch.setattr(tempering, "swap", spy)
+    ladder = (0.0, 0.1, 0.4, 1.0)
+    engine = Tempered(3, num_steps=40, warmup=4, ladder=ladder)
+    run = infer(SHAPES["soft"](tiny_lm("tabular")), engine, seed=2, progress=False)
+    assert len(seen) == 44
+    tried, done = torch.zeros(2, 3, dtype=torch.float64)
+    for powers, pairs, chance in seen[4:]:
+        assert torch.equal(powers, torch.tensor(ladder, dtype=torch.float64).repeat(2 * 3))
+        lower = pairs[:, 0] % 4
+        assert torch.equal(pairs[:, 1], pairs[:, 0] + 1)
+        assert sorted(lower.unique().tolist()) in ([0, 2], [1])
+        tried.index_add_(0, lower, torch.ones_like(chance))
+        done.index_add_(0, lower, chance.exp())
+    rates = done / tried
+    assert torch.allclose(run.info["swap_rates"], rates, atol=EXACT, rtol=0)
+    assert float((rates[:, None] - rates).abs().fill_diagonal_(1.0).min()) > 0.01  # one taken for another would show
 
 
 def test_there_is_no_certificate_for_chains_that_swap():
