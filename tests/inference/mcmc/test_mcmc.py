@@ -11,6 +11,7 @@ from lmppl.inference.engine import Budget, Request
 from lmppl.inference.exact import Exact
 from lmppl.inference.importance import Importance
 from lmppl.inference.mcmc import MCMC, Mixture, ParticleGibbs, Restart, SuffixResample, Tempered, TokenGibbs
+from lmppl.inference.mcmc.chains import StepInfo
 from lmppl.inference.mcmc.summary import Moves, stuck
 from lmppl.inference.run import infer
 from lmppl.inference.smc import SMC
@@ -19,7 +20,7 @@ from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Factor, Feature
-from lmppl.modeling.target import Target
+from lmppl.modeling.target import Target, log_evidence
 from lmppl.testing import check_engine, references
 from lmppl.testing.enumeration import every_outcome
 from tests.inference.mcmc.kernel_matrices import CONTEXT, EXACT, SHAPES, VISIBLE, draws_at, law_at, tiny_lm
@@ -207,6 +208,15 @@ def test_the_certificate_bounds_the_distance():
     assert "no certificate: factor 'wavy' declares no bound; pass upper=..." in none["chain_notes"]
 
 
+def test_the_certificate_counts_the_steps_of_every_segment():
+    model = tiny_lm("tabular") * Reward(wavy, beta=1.0, upper=1.0)
+    run = infer(model, MCMC(2, num_steps=40, warmup=3, thin=2, kernel=Restart()), progress=False)
+    share = torch.exp(run.log_normalizer[-1].interval[:, 0] - 1.0)
+    expected = (1 - share) ** (3 + 2 * 40)
+    assert torch.allclose(run.info["certificate"], expected, rtol=1e-9, atol=0)
+    assert bool((expected > 0).all())
+
+
 # Starts.
 
 
@@ -341,6 +351,31 @@ def test_a_run_with_an_estimated_factor():
     run = infer(model, MCMC(num_chains=100, num_steps=4, warmup=20), progress=False)
     assert isinstance(run, Chains)
     assert run.cost.cache_hits == 0
+
+
+class Still(Restart):
+    """Proposes nothing."""
+
+    def step(self, state, source, power=1.0, *, evidence=log_evidence):
+        none = torch.full((len(state),), math.nan, dtype=torch.float64)
+        nowhere = torch.full((len(state),), -1)
+        return state, StepInfo(self.name, torch.zeros(len(state), dtype=torch.bool), none, nowhere, none)
+
+
+def test_the_present_estimate_is_kept_from_one_segment_to_the_next():
+    model = estimated(tiny_lm("tabular"), {"source": Source(torch.Generator().manual_seed(0))})
+    engine = MCMC(num_chains=100, num_steps=40, warmup=0, kernel=Still())
+    target = Target(model)
+    first, second = engine.plan(target, Request(None, None, 3))
+    part = engine.run_shard(target, first)
+    after = engine.run_shard(target, second, state=part.info["state"])
+    (name,) = part.draws.log_factors
+    last = part.draws.select(part.draws.columns["step"] == 31)
+    next_one = after.draws.select(after.draws.columns["step"] == 32)
+    assert last.keys() == next_one.keys()
+    assert torch.equal(last.log_factors[name], next_one.log_factors[name])
+    again = target.evaluate(last.with_columns(features={}, log_factors={}))
+    assert not torch.equal(last.log_factors[name], again.log_factors[name])  # mutant: estimated anew
 
 
 # The power posterior.
