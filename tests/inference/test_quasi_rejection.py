@@ -18,7 +18,7 @@ from lmppl.modeling.evidence import Constraint, Reward
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.testing.enumeration import every_outcome
-from tests.inference.whole_runs import check_that_a_stopped_run_goes_on, run_parts
+from tests.inference.whole_runs import check_that_a_stopped_run_goes_on, every_run, run_parts
 from tests.models import (
     ENUMERABLE,
     TOLERANCE,
@@ -55,6 +55,27 @@ def test_the_whole_engine_has_the_law_it_says(kind) -> None:
         law = torch.minimum(table.log_gamma, log_bounds[c] + table.log_prior).exp() / math.exp(log_bounds[c])
         for key, value in zip(table.sequences.keys(), law.tolist(), strict=True):
             assert found.get(key, 0.0) == pytest.approx(value, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("max_tries", [3, 4])
+def test_over_all_runs_the_estimate_from_weights_is_unbiased(max_tries) -> None:
+    """A bound below every weight accepts all that weigh, so that a run without a draw has Ẑ = 0."""
+    lm = TabularLM([[0.5, 0.5], [0.3, 0.7], [0.6, 0.4]], ["a", "b"], eos=None, max_new_tokens=1)
+    model = lm * Reward(lambda texts: [2.0 * (t == "a") for t in texts], name="a") * Constraint(has_no("b"), name="b")
+    z = float(brute_force(model, 0).log_z.exp())
+    engine = QuasiRejection(bound=-5.0, max_tries=max_tries, batch=1)
+    total, mean, naive = 0.0, 0.0, 0.0
+    for probability, result in every_run(engine, model, 2):
+        total += probability
+        if result is None:
+            continue
+        assert result.log_normalizer[0].kind == "unbiased_Z"
+        mean += probability * float(result.log_normalizer[0].value[0].exp())
+        accepted, tried = int(result.info["accepted"][0]), int(result.info["proposals"][0])
+        naive += probability * math.exp(2.0) * accepted / tried
+    assert total == pytest.approx(1.0, abs=TOLERANCE)
+    assert mean == pytest.approx(z, abs=TOLERANCE)
+    assert abs(naive - z) > 1e-3  # mutant: the last acceptance counted, although the run ends at it
 
 
 # Runs.
