@@ -304,6 +304,13 @@ def test_conditional_ess_is_the_ess_of_the_increments_among_the_living() -> None
     assert bool(share[1].isnan())
 
 
+def test_the_next_level_does_not_wait_for_a_group_in_which_nothing_lives() -> None:
+    log_phi = torch.tensor([[-3.0, 0.0, 1.0, 2.0], [-math.inf] * 4], dtype=torch.float64)
+    level = next_level(torch.zeros(2, 4, dtype=torch.float64), log_phi, 0.0, 0.7)
+    assert level == next_level(torch.zeros(1, 4, dtype=torch.float64), log_phi[:1], 0.0, 0.7)
+    assert 0.05 < level < 1.0
+
+
 def test_the_next_level_meets_its_target_in_every_group() -> None:
     log_phi = torch.randn(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     log_phi[1] *= 2
