@@ -226,7 +226,7 @@ def test_engines_of_ones_own_are_found_beside_the_spec(spec: str, tmp_path: Path
         (["infer", "spec.py:impossible", "-e", "importance"], 4, "weight zero"),
         (["infer", "spec.py:impossible", "-e", "rejection(max_tries=50)"], 4, "0 of 50 draws accepted"),
         (["infer", "spec.py:impossible"], 4, "Z"),
-        (["infer", "spec.py:pressed", "-e", "importance"], 5, "error: importance: stopped before its first shard"),
+        (["infer", "spec.py:pressed", "-e", "importance"], 5, "interrupted: importance: stopped before its first"),
         (
             ["compare", "spec.py:pressed"],
             5,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import optimize, stats
+from scipy import optimize
 from torch import Tensor
 
 import lmppl
@@ -92,20 +92,6 @@ def test_shared_multipliers_meet_the_mean_over_contexts(lm: LanguageModel) -> No
     assert torch.equal(value[0], value[1])
     assert float(fit.achieved["has_a"].value.mean()) == pytest.approx(0.6, abs=TOLERANCE)
     assert float((fit.achieved["has_a"].value[:, 0] - 0.6).abs().max()) > 1e-3
-
-
-def test_intervals_cover_as_often_as_they_say() -> None:
-    """95 % intervals of λ, over 200 fits by importance sampling: within the 99.9 % limits of a binomial."""
-    lm = coin(0.2)
-    model = lm * lmppl.Reward(lambda texts: [0.8 * ("b" in t) for t in texts], name="r") * lmppl.Moment(has_a, 0.5)
-    right = float(lmppl.fit_moments(model).multipliers["has_a"].value)
-    covered = 0
-    for seed in range(200):
-        fit = lmppl.fit_moments(model, lmppl.Importance(200), seed=1000 * seed)
-        low, high = fit.multipliers["has_a"].interval[0, 0].tolist()
-        covered += low <= right <= high
-    low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.95)
-    assert low <= covered <= high
 
 
 def test_multipliers_of_unweighted_draws_are_wrong() -> None:
