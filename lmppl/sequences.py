@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "Draws", "Estimate", "Sequences", "concatenate"]
 
-EstimateKind = Literal["exact", "unbiased", "consistent", "unbiased_Z", "lower_bound", "upper_bound"]
+EstimateKind = Literal["exact", "unbiased", "consistent", "own_law", "unbiased_Z", "lower_bound", "upper_bound"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -326,8 +326,9 @@ class Estimate:
     level : float
         Nominal coverage of the interval.
     kind : str
-        "exact"; an expectation "unbiased" (of independent draws) or "consistent" (of self-normalised weights, of
-        chains); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z); "lower_bound"; "upper_bound".
+        "exact"; an expectation "unbiased" (of independent draws), "consistent" (of self-normalised weights, of
+        chains) or "own_law" (under an engine's law, which is not π*); "unbiased_Z" (E Ẑ = Z, so E log Ẑ ≤ log Z);
+        "lower_bound"; "upper_bound".
     standard_error : Tensor (C,), optional
         Of `value` (for a normaliser: of log Ẑ, by the delta method).
     replicates : int

@@ -121,6 +121,8 @@ def mean_of_logs(log_z: Sequence[Tensor], kind: EstimateKind, note: str = "", le
     """
     from scipy import stats  # imports much, and changes warning filters
 
+    if not 0.0 < level < 1.0:
+        raise ModelError(f"mean_of_logs: got level={level}, expected a coverage between 0 and 1")
     means = torch.stack([v.mean() for v in log_z])
     errors, intervals = [], []
     for v, mean in zip(log_z, means, strict=True):

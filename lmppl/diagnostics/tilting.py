@@ -18,6 +18,9 @@ __all__ = ["Tilt", "is_reachable", "tilt"]
 
 NEWTON_STEPS = 200
 ARMIJO = 1e-4
+HALVINGS = tuple(2.0**-k for k in range(40))
+SETTLED, REACHED = 1e-13, 1e-10  # of the gradient, in features of size one
+ROUNDING = 1e-15
 
 
 class Tilt(NamedTuple):
@@ -39,16 +42,26 @@ class Tilt(NamedTuple):
 def is_reachable(values: Tensor, target: Tensor, group: Tensor | None = None) -> bool:
     """Whether μ (K,) is in the relative interior of what means of `values` (N, K) reach; of the mean over groups (N,).
 
-    It is if μ is a mean of all distinct values with weights that are all positive: a linear programme.
+    Of one number: whether it is between the ends. Else whether μ is a mean of all distinct values with weights that are
+    all positive: a linear programme.
     """
+    labels = torch.zeros(len(values), dtype=torch.int64) if group is None else group
+    _, labels = torch.unique(labels, return_inverse=True)
+    if values.shape[1] == 1:
+        rows = [values[labels == g, 0].double() for g in range(int(labels.max()) + 1)]
+        low, high = (float(torch.stack(ends).mean()) for ends in zip(*(r.aminmax() for r in rows), strict=True))
+        return low < float(target) < high or low == float(target) == high
+    return _inside_hull(values.double(), target, labels)
+
+
+def _inside_hull(values: Tensor, target: Tensor, labels: Tensor) -> bool:
     from scipy.optimize import linprog  # imports much
 
-    labels = torch.zeros(len(values), dtype=torch.float64) if group is None else group.double()
-    points = torch.unique(torch.cat([labels[:, None], values.double()], 1), dim=0)
-    labels, points = points[:, 0], points[:, 1:]
-    groups = labels.unique()
-    scale = points.abs().amax(0).maximum(target.abs()).clamp_min(1e-300)
-    shares = (labels == groups[:, None]).double()  # (G, n), one for each weight of the group
+    distinct = torch.unique(torch.cat([labels[:, None].double(), values], 1), dim=0)
+    of, points = distinct[:, 0], distinct[:, 1:]
+    groups = of.unique()
+    scale = points.abs().amax(0).maximum(target.abs()).clamp_min(1e-300)  # a feature that is 0 everywhere has none
+    shares = (of == groups[:, None]).double()  # (G, n), one for each weight of the group
     equations = torch.cat([(points / scale).T / len(groups), shares])
     # Weights p_i = q_i + t/n_g with q ≥ 0 and t as large as possible.
     slack = equations @ (shares / shares.sum(1, keepdim=True)).sum(0)[:, None]
@@ -93,62 +106,73 @@ def tilt(
     inside = log_weight > -torch.inf
     if not bool(inside.any()):
         raise ModelError("tilt: no draw has a positive weight")
-    f, log_w = values[inside].double(), log_weight[inside].double()
+    f = values[inside].double()
     labels = torch.zeros(len(f), dtype=torch.int64) if group is None else group[inside]
-    _, labels = torch.unique(labels, return_inverse=True)
-    groups = [torch.nonzero(labels == g).squeeze(1) for g in range(int(labels.max()) + 1)]
-    away = f - target
-    scale = away.abs().amax(0).clamp_min(1e-300)
-    away = away / scale  # multipliers of features of any unit
-
-    def normalised(log_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean over groups of log Σ w, and the weights with sum 1/G in each group."""
-        sums = torch.stack([log_weight[rows].logsumexp(0) for rows in groups])
-        return sums.mean(), log_weight - sums[labels] - math.log(len(groups))
-
-    def at(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, weights = normalised(log_w + away @ theta)
-        return value, weights, weights.exp() @ away
-
-    def spread(weights: Tensor, x: Tensor) -> Tensor:
-        """The mean over groups of Cov[x]."""
-        total = x.new_zeros(x.shape[1], x.shape[1])
-        for rows in groups:
-            p = weights[rows].exp()
-            centred = x[rows] - (p @ x[rows]) / p.sum()
-            total += centred.T @ (p[:, None] * centred)
-        return total
-
-    _, log_w = normalised(log_w)
-    log_w = log_w + math.log(len(groups))
+    dual = _Dual(f - target, log_weight[inside].double(), labels)
     theta = torch.zeros(f.shape[1], dtype=torch.float64)
-    value, weights, gradient = at(theta)
-    complete = False
+    value, weights, gradient = dual.at(theta)
     for _ in range(NEWTON_STEPS):
-        complete = float(gradient.abs().max()) < 1e-13
-        if complete:
+        step = dual.newton_step(weights, gradient)
+        descent = float(gradient @ step)
+        if float(gradient.abs().max()) < SETTLED or not descent < 0:
             break
-        step = -torch.linalg.lstsq(spread(weights, away), gradient[:, None], driver="gelsd").solution[:, 0]
-        length, descent = 1.0, float(gradient @ step)
-        if not descent < 0:
-            break
-        while True:
-            new = at(theta + length * step)
-            enough = float(new[0]) <= float(value) + ARMIJO * length * descent + 1e-15
-            if enough and _ess(new[1]) >= min_ess:
+        for length in HALVINGS:
+            new = dual.at(theta + length * step)
+            if float(new[0]) <= float(value) + ARMIJO * length * descent + ROUNDING and _ess(new[1]) >= min_ess:
                 break
-            length /= 2
-            if length < 2**-40:
-                break
-        if length < 2**-40:
+        else:  # the guard, or rounding, allows no step
             break
         theta = theta + length * step
         value, weights, gradient = new
-    complete = float(gradient.abs().max()) < 1e-10
+    complete = float(gradient.abs().max()) < REACHED
     whole = torch.full_like(log_weight, -torch.inf, dtype=torch.float64)
     whole[inside] = weights
-    multipliers = theta / scale
-    return Tilt(multipliers, whole, value + multipliers @ target, spread(weights, f), _ess(weights), complete)
+    multipliers, covariance = theta / dual.scale, dual.covariance(weights) * torch.outer(dual.scale, dual.scale)
+    return Tilt(multipliers, whole, value + multipliers @ target, covariance, _ess(weights), complete)
+
+
+class _Dual:
+    """λ ↦ the mean over groups of log Σ w̄ e^{λ·(f − μ)}, in multipliers θ of features that are scaled to size one.
+
+    Parameters
+    ----------
+    away : Tensor (N, K)
+        f − μ.
+    log_weight : Tensor (N,)
+        Finite.
+    group : Tensor (N,), int64
+    """
+
+    def __init__(self, away: Tensor, log_weight: Tensor, group: Tensor) -> None:
+        self.scale = away.abs().amax(0).clamp_min(1e-300)  # a feature that is μ everywhere has none
+        self.away = away / self.scale
+        _, self.group = torch.unique(group, return_inverse=True)
+        self.rows = [torch.nonzero(self.group == g).squeeze(1) for g in range(int(self.group.max()) + 1)]
+        self.log_weight = log_weight - self._log_sums(log_weight)[self.group]
+
+    def at(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value, the tilted log-weights (N,), of sum 1/G in each group, and the gradient (K,)."""
+        tilted = self.log_weight + self.away @ theta
+        sums = self._log_sums(tilted)
+        weights = tilted - sums[self.group] - math.log(len(self.rows))
+        return sums.mean(), weights, weights.exp() @ self.away
+
+    def covariance(self, log_weight: Tensor) -> Tensor:
+        """(K, K) the mean over groups of Cov[f/scale], the Hessian."""
+        total = self.away.new_zeros(self.away.shape[1], self.away.shape[1])
+        for rows in self.rows:
+            p, x = log_weight[rows].exp(), self.away[rows]
+            centred = x - (p @ x) / p.sum()
+            total += centred.T @ (p[:, None] * centred)
+        return total
+
+    def newton_step(self, log_weight: Tensor, gradient: Tensor) -> Tensor:
+        """(K,) −Hessian⁻¹ gradient; the shortest where features depend on each other."""
+        found: Tensor = torch.linalg.lstsq(self.covariance(log_weight), gradient[:, None], driver="gelsd").solution
+        return -found[:, 0]
+
+    def _log_sums(self, log_weight: Tensor) -> Tensor:
+        return torch.stack([log_weight[rows].logsumexp(0) for rows in self.rows])
 
 
 def _ess(log_weight: Tensor) -> float:

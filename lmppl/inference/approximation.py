@@ -22,7 +22,7 @@ from lmppl.modeling.factors import Feature
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate
-from lmppl.sequences import Cost, Draws, Estimate, Sequences
+from lmppl.sequences import Cost, Draws, Estimate, EstimateKind, Sequences
 
 __all__ = ["Approximation", "Chains", "ExactTable", "Particles", "Sampler", "widening"]
 
@@ -154,11 +154,16 @@ class Approximation:
             value,
             torch.stack([value - half, value + half], -1),
             LEVEL,
-            "consistent" if self.draws.log_weight is not None or isinstance(self, Chains) else "unbiased",
+            self._kind_of_mean(),
             error,
             len(self.draws) // max(1, self.draws.num_contexts),
             "; ".join(notes),
         )
+
+    def _kind_of_mean(self) -> EstimateKind:
+        if self.guarantee in (Guarantee.APPROXIMATE, Guarantee.HEURISTIC):
+            return "own_law"
+        return "consistent" if self.draws.log_weight is not None or isinstance(self, Chains) else "unbiased"
 
     def as_language_model(self) -> LanguageModel:
         """The approximation as an LM: a policy or an exact table; other kinds cannot be scored."""

@@ -178,9 +178,16 @@ def best_of_n_law(log_prior: Tensor, log_phi: Tensor, n: int) -> Tensor:
         The score s(x): finite or −inf, which is a level like any other.
     n : int
         Proposals.
+
+    Raises
+    ------
+    ModelError
+        Where n is no integer of at least 1, or no outcome is possible.
     """
-    if n < 1:
-        raise ModelError(f"best_of_n_law: got n = {n}, expected at least 1")
+    if type(n) is not int or n < 1:
+        raise ModelError(f"best_of_n_law: got n = {n!r}, expected an integer of at least 1")
+    if not bool((log_prior > -torch.inf).any()):
+        raise ModelError("best_of_n_law: got log_prior = −inf for all outcomes, expected the law of the prior")
     result = torch.full_like(log_prior, -torch.inf, dtype=torch.float64)
     possible, prior, _, level, at_level = _by_level(log_prior, log_phi)
     up_to = torch.logcumsumexp(at_level, 0)

@@ -10,14 +10,15 @@ from lmppl.inference.conditional_smc import sandwich as sandwich_smc
 from lmppl.inference.reverse_annealing import sandwich_annealing
 from lmppl.inference.smc import SMC
 from lmppl.inference.tempered_smc import TemperedSMC
-from lmppl.modeling.model import Model
+from lmppl.lm.base import LanguageModel
+from lmppl.modeling.model import Model, model_of
 from lmppl.sequences import Draws
 
 __all__ = ["Sandwich", "sandwich"]
 
 
 def sandwich(
-    model: Model,
+    model: Model | LanguageModel,
     engine: SMC | AIS | TemperedSMC,
     exact_draws: Draws,
     *,
@@ -34,7 +35,7 @@ def sandwich(
 
     Parameters
     ----------
-    model : Model
+    model : Model or LanguageModel
     engine : SMC, AIS or TemperedSMC
         `SMC(ess_threshold=0, ...)` without a twist is importance sampling with N draws. A ladder is that of the
         forward run; `ladder="online"` gives no bound.
@@ -61,8 +62,7 @@ def sandwich(
     ----------
     grosse2015, zhao2024
     """
-    if isinstance(exact_draws, Draws) and exact_draws.log_weight is None:
-        _check_origin(model, exact_draws)
+    model = model_of(model)
     if isinstance(engine, SMC):
         return sandwich_smc(model, engine, exact_draws, num_sweeps=num_sweeps, seed=seed, level=level)
     if isinstance(engine, AIS | TemperedSMC):
@@ -70,18 +70,3 @@ def sandwich(
     raise ModelError(
         f"sandwich: got {type(engine).__name__}, expected SMC, AIS or TemperedSMC, whose runs can hold an exact draw"
     )
-
-
-def _check_origin(model: Model, draws: Draws) -> None:
-    """Refuse draws whose run was of another model, or not exact; draws that do not say are taken at their word."""
-    guarantee, spec = draws.meta.get("guarantee"), draws.meta.get("spec_hash")
-    if guarantee not in (None, "exact"):
-        raise ModelError(
-            f"sandwich: the draws come from {draws.meta['engine']}, which is {guarantee}, expected exact draws: "
-            "without them the upper bound is none; take those of Rejection, or Exact(...).draw"
-        )
-    if spec not in (None, model.spec_hash):
-        raise ModelError(
-            f"sandwich: the draws are of another model, {draws.meta['formula']} (spec {spec}), than {model.formula} "
-            f"(spec {model.spec_hash}); draw them from this one"
-        )

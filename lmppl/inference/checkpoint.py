@@ -29,13 +29,13 @@ from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws, Sequences
-from lmppl.storage import atomic_write, hash_tensors, pack, unpack, versions
+from lmppl.storage import atomic_write, hash_content, hash_tensors, pack, unpack, versions
 
 __all__ = ["Checkpoint", "engine_identity"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "lmppl.checkpoint/1"
+FORMAT = "lmppl.checkpoint/2"
 MANIFEST = "run.json"
 SEQUENCES = ("ids", "lengths", "finished", "context")
 
@@ -107,8 +107,8 @@ class Checkpoint:
             "cost": pack(dict(part.cost.as_dict()), tensors, "cost"),
             "info": pack(dict(part.info), tensors, "info"),
             "draws": pack({name: getattr(draws, name) for name in _columns()}, tensors, "draws"),
-            "digest": hash_tensors(tensors),
         }
+        content = {**content, "digest": hash_content(content, tensors)}
         stored = safetensors.torch.save(tensors, {"format": FORMAT, "content": json.dumps(content)})
         atomic_write(self.path(part.shard), lambda path: path.write_bytes(stored))
 
@@ -126,7 +126,7 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             content = json.loads(metadata["content"])
-            if content["digest"] != hash_tensors(tensors):
+            if content.pop("digest") != hash_content(content, tensors):
                 raise ValueError("its digest is not that of its content")
             if unpack(content["shard"], tensors) != dataclasses.asdict(shard):
                 log.warning("checkpoint %s is of a shard that was planned otherwise; it is computed again", path)

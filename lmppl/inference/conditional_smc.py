@@ -142,7 +142,7 @@ def sandwich(
     def conditional(rows: Draws) -> Tensor:
         return conditional_smc(target, engine, rows, source).log_z
 
-    high = log_z_holding(exact_draws, model.prior, engine.num_particles, conditional, who="sandwich")
+    high = log_z_holding(exact_draws, model, engine.num_particles, conditional, who="sandwich")
     run = infer(model, engine, sweeps * engine.num_particles, seed=seed, progress=False)
     low = list(run.info["log_z_sweeps"])
     what = f"mean of log Ẑ over {{}} {{}}, N = {engine.num_particles}, Student's t"

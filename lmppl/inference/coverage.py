@@ -45,7 +45,8 @@ def positive_everywhere(lm: LanguageModel) -> bool:
 def may_not_cover(lm: LanguageModel, prior: LanguageModel) -> bool:
     """Whether the proposal is known to give probability zero where the prior does not, or to do so on purpose.
 
-    So does a declared truncation, and a `TabularLM` with a zero that the prior can reach; where the prior is no table,
+    So does a declared truncation, and a `TabularLM` with a zero that the prior can reach, or with zeros that are too
+    many to be compared; where the prior is no table,
     it is taken to be positive. What is made from the prior itself is cut where it cuts beyond the prior. Of other LMs
     nothing is known, and False does not prove that they cover.
 
@@ -98,7 +99,9 @@ def _shortcoming(lm: LanguageModel, prior: LanguageModel) -> str:
     table = _table(lm)
     if truncates(lm):
         return "is truncated"
-    missing = table is not None and _misses(table, _table(prior))
+    missing = False if table is None else _misses(table, _table(prior))
+    if missing is None:
+        return "has zeros, which are too many to be compared with the prior's"
     return "gives probability 0 to tokens that the prior can make" if missing else ""
 
 
@@ -116,8 +119,11 @@ def _table(lm: LanguageModel) -> TabularLM | None:
     return lm if isinstance(lm, TabularLM) else None
 
 
-def _misses(table: TabularLM, prior: TabularLM | None) -> bool:
-    """Whether some prefix below the cap, possible under both, has a next token that the prior alone can make."""
+def _misses(table: TabularLM, prior: TabularLM | None) -> bool | None:
+    """Whether some prefix below the cap, possible under both, has a next token that the prior alone can make.
+
+    None where there are more than `PAIRS_LIMIT` prefixes to tell apart.
+    """
     possible = table.log_table > -torch.inf
     if bool(possible.all()):
         return False
@@ -138,6 +144,6 @@ def _misses(table: TabularLM, prior: TabularLM | None) -> bool:
         if len(both) == len(seen):
             return False
         if len(both) * table.vocab_size > PAIRS_LIMIT:
-            return True
+            return None
         seen, pairs = both, reached
     return False

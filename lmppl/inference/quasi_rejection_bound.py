@@ -70,7 +70,7 @@ def bounds_of_rate(
             bounds.append(log_upper)  # exact rejection accepts that often already
             continue
         try:
-            bounds.append(min(log_upper, log_bound_of_acceptance(log_w, rate)))
+            bounds.append(log_bound_of_acceptance(log_w, rate))
         except InfeasibleModel as error:
             raise InfeasibleModel(
                 f"quasi_rejection: for context {prompt!r} {error}; ask for a lower acceptance=, give bound=, or a "

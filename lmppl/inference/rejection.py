@@ -103,8 +103,8 @@ class Rejection(Engine):
             names = ", ".join(repr(n) for n in form.unbounded)
             subject = f"factor {names} declares" if len(form.unbounded) == 1 else f"factors {names} declare"
             return (
-                f"rejection needs an upper bound: {subject} none; pass upper=... to it, or Rejection(log_upper=...), a "
-                "bound on the sum of all log-factors"
+                f"rejection needs an upper bound: {subject} none; pass upper=... to it where it takes one, or "
+                "Rejection(log_upper=...), a bound on the sum of all log-factors"
             )
         return super().unsupported_reason(form)
 

@@ -66,7 +66,7 @@ def effective_sizes(log_weights: Tensor) -> Tensor:
     top = log_weights.amax(-1, keepdim=True)
     weights = (log_weights - top.clamp_min(torch.finfo(log_weights.dtype).min)).exp()
     squares = weights.square().sum(-1)
-    return torch.where(squares > 0, weights.sum(-1).square() / squares.clamp_min(1e-300), 0.0)
+    return torch.where(squares == 0, 0.0, weights.sum(-1).square() / squares)
 
 
 def _with_room(weights: Tensor, retained: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def reverse_ais(
     def run(rows: Draws) -> Tensor:
         return conditional_annealing(target, engine, rows, source, ladder=fixed, num_particles=count).log_z
 
-    high = log_z_holding(exact_draws, model.prior, count, run, who="reverse_ais")
+    high = log_z_holding(exact_draws, model, count, run, who="reverse_ais")
     note = f"mean of log Ẑ over {min(map(len, high))} reverse runs from exact draws, N = {count}, Student's t"
     return mean_of_logs(high, "upper_bound", note, level)
 

@@ -264,6 +264,8 @@ class SMC(Engine):
         coverage = ""
         if isinstance(proposal, LanguageModelProposal):
             coverage = coverage_note(proposal.lm, target.prior)
+        ask = getattr(self.twist, "shortcoming", None)
+        coverage = "; ".join(note for note in (coverage, "" if ask is None else ask(target.model)) if note)
         return {
             "factors": [f.name for f in target.factors],
             "log_upper": target.form.log_upper,

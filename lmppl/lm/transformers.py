@@ -99,7 +99,7 @@ class ShelvedRows:
     """As `lmppl.lm.shelf.RowStore`: keys and values by slot, the context's included."""
 
     def __init__(self, lm: TransformersLM, num_slots: int) -> None:
-        from lmppl.lm.caches import CacheShelf
+        from lmppl.lm.cache_shelf import CacheShelf
 
         self.context_counts, self.horizon = lm.context_counts, lm.max_new_tokens
         self.cache = CacheShelf(num_slots, int(lm.context_counts.max()) + lm.max_new_tokens)

@@ -16,7 +16,7 @@ from lmppl.modeling.function_contents import content_digest
 if TYPE_CHECKING:
     from lmppl.modeling.graph import FactorGraph
 
-__all__ = ["Model"]
+__all__ = ["Model", "model_of"]
 
 
 class Model:
@@ -125,6 +125,11 @@ class Model:
         lines.append(f"  c ∈ {{{shown}}}")
         lines += [f"  {f.name}: {f.kind}, φ = {f.formula or f.name + '(x)'}" for f in self.factors]
         return "\n".join(lines)
+
+
+def model_of(model: Model | LanguageModel) -> Model:
+    """The declaration; a bare LM is the model without evidence."""
+    return model if isinstance(model, Model) else Model(model)
 
 
 def _with_unique_names(factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -3,7 +3,7 @@
 There is no pickle. Texts are stored as they were decoded, so that loading needs no language model.
 """
 
-from lmppl.storage.digests import hash_tensors, tensor_bytes
+from lmppl.storage.digests import hash_content, hash_tensors, tensor_bytes
 from lmppl.storage.files import atomic_write, versions
 from lmppl.storage.formats import load_draws, save_draws
 from lmppl.storage.frames import to_arrow, to_dataset, to_pandas
@@ -11,6 +11,7 @@ from lmppl.storage.plain import pack, unpack
 
 __all__ = [
     "atomic_write",
+    "hash_content",
     "hash_tensors",
     "load_draws",
     "pack",

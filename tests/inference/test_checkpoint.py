@@ -249,6 +249,13 @@ def test_a_damaged_part_is_refused_and_the_others_kept(tmp_path: Path, caplog: p
     assert f"{second.name} is damaged" in caplog.text
     assert first.stat().st_mtime_ns == kept
     assert same_run(again, whole)
+    content = second.read_bytes()
+    at = content.index(b"lm_tokens") + content[content.index(b"lm_tokens") :].index(b": ") + 2  # a digit of the header
+    second.write_bytes(content[:at] + (b"8" if content[at : at + 1] != b"8" else b"7") + content[at + 1 :])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert same_run(infer(model(), Importance(), DRAWS, checkpoint=tmp_path), whole)
+    assert f"{second.name} is damaged" in caplog.text
     second.write_bytes(second.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         assert same_run(infer(model(), Importance(), DRAWS, checkpoint=tmp_path), whole)

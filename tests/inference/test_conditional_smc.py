@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmppl.errors import ModelError, UnsupportedModel
-from lmppl.inference import bounds, resampling
+from lmppl.inference import AIS, bounds, resampling, reverse_ais
 from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step, sandwich
 from lmppl.inference.exact import Exact
 from lmppl.inference.mcmc import MCMC
@@ -241,3 +241,14 @@ def test_draws_of_another_model_or_engine_are_refused():
     with pytest.raises(ModelError, match=r"come from mcmc.*, which is consistent, expected exact draws"):
         bounds.sandwich(model, engine("systematic"), chains)
     assert bounds.sandwich(model, engine("systematic"), exact).upper.kind == "upper_bound"
+    with pytest.raises(ModelError, match="reverse_ais: the draws are of another model"):
+        reverse_ais(model, AIS(8, ladder=(0.0, 1.0)), other)
+    for level in (0.0, 1.5):
+        with pytest.raises(ModelError, match=f"got level={level}"):
+            bounds.sandwich(model, engine("systematic"), exact, level=level)
+    bare = infer(model.prior, Exact(), progress=False).draw(4, generator=torch.Generator().manual_seed(0))
+    assert bounds.sandwich(model.prior, SMC(4), bare).upper.value.shape == (2,)
+
+
+def test_an_effective_size_of_no_number_is_none():
+    assert bool(resampling.effective_sizes(torch.tensor([[math.nan, 0.0]])).isnan().all())

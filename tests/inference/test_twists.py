@@ -217,3 +217,17 @@ def test_an_exact_twist_is_refused_by_another_prior():
     for foreign in (other, one | ["a", ""]):
         with pytest.raises(ModelError, match=r"the exact twist is that of TabularLM.* by ExactTwist.of"):
             infer(foreign, SMC(8, twist=twist), progress=False)
+
+
+def test_an_exact_twist_of_a_tighter_declaration_leaves_a_lower_bound():
+    """It never writes what its own declaration excludes: E Ẑ < Z, and the estimate says so."""
+    prior = TabularLM.random(3, 3, seed=1, context=["", "a"])
+    tight = prior * Reward(wavy) * Constraint(has_no("a"), name="no_a")
+    twist = ExactTwist.of(tight)
+    loose = prior * Reward(wavy)
+    for given in (twist, ProductTwist(twist, twist)):
+        found = infer(loose, SMC(64, twist=given), seed=0, progress=False)
+        assert found.log_normalizer[0].kind == "lower_bound"
+        assert "and may exclude what this model allows: then E Ẑ < Z" in found.log_normalizer[0].note
+    assert float(found.log_normalizer[0].value[0]) < float(brute_force(loose, 0).log_z) - 0.2
+    assert infer(tight, SMC(64, twist=twist), progress=False).log_normalizer[0].kind == "unbiased_Z"

@@ -198,6 +198,8 @@ def test_engines_agree_with_rejection_within_their_stated_errors(name: str) -> N
         SMC(32, resampling="ssp"),
         MCMC(270, num_steps=1, warmup=25),
         Tempered(270, num_temperatures=2, num_steps=1, warmup=15),
+        lmppl.AIS(24, ladder=(0.0, 1.0)),
+        lmppl.TemperedSMC(16, ladder=(0.0, 0.5, 1.0)),
     ],
     ids=lambda e: e.name,
 )
@@ -211,8 +213,10 @@ def test_exact_draws_rank_uniformly_among_the_draws_of_sweeps(engine: Engine) ->
     run = lmppl.infer(model(), engine, groups * n * size, seed=23, progress=False)
     generator = torch.Generator().manual_seed(29)
     chosen = [torch.arange(len(run.draws))] if "chain" in run.draws.columns else []
+    apart = torch.arange(len(run.draws)) // size  # of AIS, whose particles do not meet
+    sweeps = run.draws.columns.get("sweep", apart)
     for sweep in range(0 if chosen else groups * n):
-        rows = torch.nonzero(run.draws.columns["sweep"] == sweep).squeeze(1)
+        rows = torch.nonzero(sweeps == sweep).squeeze(1)
         weights = torch.softmax(run.draws.log_weight[rows], 0)
         chosen.append(rows[torch.multinomial(weights, 1, generator=generator)])
     ours, truth = scalars(run.draws.select(torch.cat(chosen))), scalars(exact().draws.select(slice(groups)))

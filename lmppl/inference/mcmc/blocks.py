@@ -30,16 +30,13 @@ from lmppl.modeling.target import Target, log_evidence
 __all__ = ["BlockResample", "block_log_ratio"]
 
 
-def block_log_ratio(
-    log_prior_change: Tensor, log_q_new: Tensor, log_q_old: Tensor, ends: Tensor, old_lengths: Tensor, lengths: Tensor
-) -> Tensor:
-    """(M,) log [π0(new) k(old|new)] − log [π0(old) k(new|old)] of a block, in nats.
+def block_log_ratio(log_prior_change: Tensor, log_q_new: Tensor, log_q_old: Tensor) -> Tensor:
+    """(M,) log [π0(new) k(old|new)] − log [π0(old) k(new|old)] of a block inside a row, in nats.
 
-    Δ log π0 of the whole row, less the change of log q over the block. A block that `ends` the row may change its
-    length: the position's law adds log|old| − log|new|.
+    Δ log π0 of the whole row, less the change of log q over the block; the length stays, and so does the
+    position's law.
     """
-    index = torch.where(ends, old_lengths.double().log() - lengths.double().log(), 0.0)
-    return log_prior_change - (log_q_new - log_q_old) + index
+    return log_prior_change - (log_q_new - log_q_old)
 
 
 @dataclass(frozen=True)
@@ -114,14 +111,7 @@ class BlockResample(Regenerating):
             forced = ground.force(*(x.to(ground.slot.device) for x in (rows, keep, whole, lengths)))
             pending = ((ground, forced),)
         log_prior = ground.pending_log_probs(forced).cpu().sum(1)
-        ratio = block_log_ratio(
-            log_prior - present_log_prior(state, rows),
-            new.log_q.cpu().sum(1),
-            old_q,
-            torch.zeros_like(broken),
-            lengths,
-            lengths,
-        )
+        ratio = block_log_ratio(log_prior - present_log_prior(state, rows), new.log_q.cpu().sum(1), old_q)
         ratio = ratio.masked_fill(broken | ~same_outcome(prior, whole, draws, rows), -torch.inf)
         return Proposal(
             rows, whole, lengths, draws.finished[rows], keep, log_prior, possible_ratio(ratio, log_prior), pending

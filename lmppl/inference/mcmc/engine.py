@@ -18,7 +18,8 @@ from lmppl.inference.approximation import LEVEL, Chains
 from lmppl.inference.coverage import tell_coverage
 from lmppl.inference.engine import Engine, Guarantee, Part, Request, Shard, make_shard
 from lmppl.inference.mcmc.chains import ChainState, Kernel, StepInfo, Walked
-from lmppl.inference.mcmc.kernels import Mixture, Restart
+from lmppl.inference.mcmc.kernels import Restart
+from lmppl.inference.mcmc.mixture import Mixture
 from lmppl.inference.mcmc.starts import Start, start_draws
 from lmppl.inference.mcmc.summary import Moves, Tally, chain_figures, stuck, stuck_note
 from lmppl.lm.randomness import Source
@@ -171,6 +172,7 @@ class MCMC(Engine):
             "unbounded": target.form.unbounded,
             "steps": total,
             "coverage": self.kernel.coverage(target),
+            "predicates": [f.name for f in target.factors if f.kind == "Constraint"],
         }
         return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
 
@@ -202,7 +204,7 @@ class MCMC(Engine):
         kept = self.thin * len(draws) // (draws.num_contexts * self.num_chains)
         still = stuck([p.info["moves"] for p in parts], draws.num_contexts, kept)
         info = {
-            **chain_figures(draws),
+            **chain_figures(draws, parts[0].info["predicates"]),
             "acceptance": by_kernel,
             "acceptance_by_position": by_position,
             "stuck": still,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,10 @@ def by_chain(values: Tensor, draws: Draws, context: int) -> Tensor:
     return values[rows[order]].view(len(chain.unique()), -1, *values.shape[1:])
 
 
-def chain_figures(draws: Draws) -> dict[str, Any]:
+def chain_figures(draws: Draws, predicates: Collection[str] = ()) -> dict[str, Any]:
     """R̂, nested R̂, bulk and tail ESS and MCSE of each scalar, (C,) by figure and scalar; and their notes.
 
+    Factors that are `predicates` are left out: log φ = 0 on all rows of a chain, which says nothing of mixing.
     Nested R̂ compares groups of about √chains chains. Figures that need more steps than there are are nan, and the note
     says so.
     """
@@ -97,6 +98,8 @@ def chain_figures(draws: Draws) -> dict[str, Any]:
     result: dict[str, Any] = {name: {} for name in (*FIGURES, "nested_rhat")}
     notes: list[str] = []
     for label, values in scalars(draws).items():
+        if label in predicates:
+            continue
         columns = [by_chain(values, draws, c) for c in contexts]
         for name in result:
             found = [_figure(name, x) for x in columns]

@@ -59,7 +59,8 @@ def swap(
 def adapted_ladder(ladder: Sequence[float], rates: Sequence[float]) -> tuple[float, ...]:
     """A ladder of as many powers at which neighbours swap more evenly, from the `rates` at which they did.
 
-    The distance between neighbours is taken as −log rate (at most that of one swap in a hundred), and the powers are
+    The distance between neighbours is taken as −log rate (at most that of one swap in a hundred, and at least that of
+    99), and the powers are
     put at equal distances along it, straight within each gap.
     """
     gaps = torch.tensor([-math.log(min(max(rate, 0.01), 0.99)) for rate in rates], dtype=torch.float64)

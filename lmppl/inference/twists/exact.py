@@ -52,16 +52,15 @@ class ExactTwist:
     ----------
     law, base : PosteriorLM
         π* and π0 as machines, on the same contexts; `ExactTwist.of(model)` computes them.
-    prior : LanguageModel, optional
-        The π0 that `base` is, so that the twist is refused by others.
+    model : Model, optional
+        What `law` is the posterior of. The twist is refused by other priors; under another declaration it is an
+        approximation, which may exclude what that one allows: SMC's log Ẑ is a lower bound then, and says so.
     """
 
     needs: Collection[Literal["text", "ids", "hidden"]] = frozenset({"ids"})
 
-    def __init__(self, law: PosteriorLM, base: PosteriorLM, prior: LanguageModel | None = None) -> None:
-        self.law, self.base = law, base
-        self.prior_shown = "" if prior is None else repr(prior)
-        self.prior_fingerprint = None if prior is None else prior.fingerprint
+    def __init__(self, law: PosteriorLM, base: PosteriorLM, model: Model | None = None) -> None:
+        self.law, self.base, self.model = law, base, model
         self.log_normalizer: Tensor = law.log_normalizer
 
     @classmethod
@@ -79,9 +78,9 @@ class ExactTwist:
         if isinstance(law, PrefixTreeLM):
             log_prior = table.draws.log_prior
             assert log_prior is not None
-            return cls(law, PrefixTreeLM(model.prior, table.draws, log_prior), model.prior)
+            return cls(law, PrefixTreeLM(model.prior, table.draws, log_prior), model)
         prior = infer(Model(model.prior), Exact(max_sequences=max_sequences), 1, progress=False)
-        return cls(law, _machine(prior.as_language_model()), model.prior)
+        return cls(law, _machine(prior.as_language_model()), model)
 
     @property
     def fingerprint(self) -> str:
@@ -90,12 +89,19 @@ class ExactTwist:
 
     def unsupported_reason(self, lm: LanguageModel) -> str | None:
         """Why the twist cannot serve `lm`, in one sentence; None where it can."""
-        if self.prior_fingerprint in (None, lm.fingerprint):
+        if self.model is None or self.model.prior is lm or self.model.prior.fingerprint == lm.fingerprint:
             return None
+        own = self.model.prior
         return (
-            f"the exact twist is that of {self.prior_shown} (fingerprint {self.prior_fingerprint}), and this is {lm!r} "
-            f"(fingerprint {lm.fingerprint}): other tables, contexts or options; compute it by ExactTwist.of(model)"
+            f"the exact twist is that of {own!r} (fingerprint {own.fingerprint}), and this is {lm!r} (fingerprint "
+            f"{lm.fingerprint}): other tables, contexts or options; compute it by ExactTwist.of(model)"
         )
+
+    def shortcoming(self, model: Model) -> str:
+        """Why the twist may exclude what `model` allows; "" where nothing speaks against it."""
+        if self.model is None or self.model is model or self.model.spec_hash == model.spec_hash:
+            return ""
+        return f"the exact twist is that of {self.model.formula}, and may exclude what this model allows: then E Ẑ < Z"
 
     def start(self, contexts: Tensor) -> _Rows:
         """As `Incremental.start`."""

@@ -18,11 +18,11 @@ from lmppl.inference.twists.learned import LearnedTwist, TwistRecord
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.model import Model
 from lmppl.sequences import Cost
-from lmppl.storage import atomic_write, hash_tensors
+from lmppl.storage import atomic_write, hash_content
 
 __all__ = ["load_twist", "save_twist"]
 
-FORMAT, FORMAT_VERSION = "lmppl.twist", 1
+FORMAT, FORMAT_VERSION = "lmppl.twist", 2
 
 
 def save_twist(twist: LearnedTwist, path: str | Path) -> Path:
@@ -39,8 +39,8 @@ def save_twist(twist: LearnedTwist, path: str | Path) -> Path:
         "version": FORMAT_VERSION,
         "shape": twist.head.shape.as_dict(),
         "record": asdict(twist.record),
-        "sha256": hash_tensors(tensors),
     }
+    header = {**header, "sha256": hash_content(header, tensors)}
     content = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
     return atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
@@ -88,6 +88,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header.get("version") != FORMAT_VERSION:
         got = header.get("version")
         raise StorageError(f"cannot read {path}: format version {got}, this lmppl reads {FORMAT_VERSION}")
-    if header.get("sha256") != hash_tensors(tensors):
+    if header.pop("sha256", None) != hash_content(header, tensors):
         raise StorageError(f"cannot read {path}: its content does not match its checksum; the file is damaged")
     return header, tensors

@@ -247,11 +247,6 @@ def require_hidden(lm: LanguageModel) -> None:
         raise UnsupportedModel(f"a learned twist reads the LM's hidden states, and {lm!r} gives none; {fix}")
 
 
-def model_of(model: Model | LanguageModel) -> Model:
-    """The declaration; a bare LM is the model without evidence."""
-    return model if isinstance(model, Model) else Model(model)
-
-
 def shown(lm: LanguageModel) -> dict[str, Any]:
     """How a record names an LM."""
     return {"lm": repr(lm), "fingerprint": lm.fingerprint}

@@ -40,6 +40,11 @@ class ProductTwist:
     def __len__(self) -> int:
         return len(self.twists)
 
+    def shortcoming(self, model: Model) -> str:
+        """The first reason why one of the twists may exclude what `model` allows; "" where none speaks against it."""
+        asked = (ask for t in self.twists if (ask := getattr(t, "shortcoming", None)) is not None)
+        return next((why for ask in asked if (why := ask(model))), "")
+
     def unsupported_reason(self, lm: LanguageModel) -> str | None:
         """Why one of the twists cannot serve `lm`, in one sentence; None where all can."""
         reasons = (refuse(lm) for t in self.twists if (refuse := getattr(t, "unsupported_reason", None)) is not None)

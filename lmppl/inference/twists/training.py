@@ -14,12 +14,12 @@ import torch
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.progress import in_a_row, rich_progress
 from lmppl.inference.twists.head import HeadShape, TwistHead
-from lmppl.inference.twists.learned import LearnedTwist, TwistRecord, model_of, require_hidden, shown
+from lmppl.inference.twists.learned import LearnedTwist, TwistRecord, require_hidden, shown
 from lmppl.inference.twists.losses import TwistLoss, resolve_loss
 from lmppl.inference.twists.rollouts import TrainingSet, draw_training_set, given_training_set
 from lmppl.inference.twists.trainer import Trainer
 from lmppl.lm.base import LanguageModel
-from lmppl.modeling.model import Model
+from lmppl.modeling.model import Model, model_of
 from lmppl.modeling.target import Target
 from lmppl.sequences import Draws
 from lmppl.storage import versions

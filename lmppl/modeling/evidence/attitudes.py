@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,40 +33,31 @@ from lmppl.modeling.user_functions import RowError
 __all__ = ["Attitude", "LowerBound", "Marginal", "Mean", "Moderated", "Quantile", "Robust", "check_number"]
 
 
-class Attitude(Protocol):
-    """What a belief about r is worth."""
+class Attitude(ABC):
+    """What a belief about r is worth; one of yours is a frozen dataclass that defines `log_factor` and `formula`."""
 
-    @property
-    def estimable(self) -> bool:
-        """Whether the mean over fresh samples of r estimates φ without bias, whatever their number."""
-        ...
+    estimable: ClassVar[bool] = False  # whether the mean over fresh samples of r estimates φ without bias
 
+    @abstractmethod
     def log_factor(self, belief: Belief, beta: float) -> Tensor:
         """(B,) log φ, in nats."""
-        ...
 
-    def upper(self, reward_upper: float, beta: float) -> float:
-        """sup log φ, in nats, of rewards that are at most `reward_upper`."""
-        ...
-
+    @abstractmethod
     def formula(self, reward: str, beta: float) -> str:
         """φ as a formula of `reward`, which is r(x)."""
-        ...
+
+    def upper(self, reward_upper: float, beta: float) -> float:
+        """sup log φ, in nats, of rewards that are at most `reward_upper`: sup r/β, where φ is no more than that."""
+        return reward_upper / beta
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(Attitude):
     """log φ = E[r]/β: uncertainty is ignored."""
-
-    estimable = False
 
     def log_factor(self, belief: Belief, beta: float) -> Tensor:
         """(B,) m/β."""
         return belief.mean / beta
-
-    def upper(self, reward_upper: float, beta: float) -> float:
-        """sup r / β."""
-        return reward_upper / beta
 
     def formula(self, reward: str, beta: float) -> str:
         """exp(E[r]/β)."""
@@ -73,14 +65,14 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Marginal:
+class Marginal(Attitude):
     """log φ = log E[e^{r/β}]: r is marginalised as a latent variable, which seeks uncertainty.
 
     With r ≤ 0 read as log p(O=1|x, r), this is Bayes' rule for O. A right tail that is too heavy makes it infinite: an
     error. Source: `levine2018` for the reading of e^{r/β} as a probability.
     """
 
-    estimable = True
+    estimable: ClassVar[bool] = True
 
     def log_factor(self, belief: Belief, beta: float) -> Tensor:
         """(B,) log E[e^{r/β}]."""
@@ -88,17 +80,13 @@ class Marginal:
         _refuse_infinite(value, beta, "right", "E[exp(r/β)]", "raise beta, or choose Mean() or Robust(κ)")
         return value
 
-    def upper(self, reward_upper: float, beta: float) -> float:
-        """sup r / β."""
-        return reward_upper / beta
-
     def formula(self, reward: str, beta: float) -> str:
         """E[exp(r/β)]."""
         return f"E[exp({reward}{_over(beta)})]"
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(Attitude):
     """log φ = −κ log E[e^{−r/κβ}] = min_Q E_Q[r]/β + κ KL(Q‖p): the least that any belief Q near p would say.
 
     κ → ∞ is `Mean`, κ → 0 the worst member. A left tail that is too heavy makes it −∞: an error. Source: `hansen2001`.
@@ -111,8 +99,6 @@ class Robust:
 
     kappa: float
 
-    estimable = False
-
     def __post_init__(self) -> None:
         check_number(self.kappa, "Robust", "kappa", 0.0, inf, "a positive number")
 
@@ -122,17 +108,13 @@ class Robust:
         _refuse_infinite(value, beta, "left", "E[exp(−r/κβ)]", "raise kappa, or choose LowerBound(k)")
         return value
 
-    def upper(self, reward_upper: float, beta: float) -> float:
-        """sup r / β."""
-        return reward_upper / beta
-
     def formula(self, reward: str, beta: float) -> str:
         """E[exp(−r/κβ)]^−κ."""
         return f"E[exp(-{reward}{_over(self.kappa * beta)})]^-{self.kappa:g}"
 
 
 @dataclass(frozen=True)
-class LowerBound:
+class LowerBound(Attitude):
     """log φ = (m − k·s)/β: a confidence bound, which is a heuristic.
 
     Source: `coste2024` (with the variance in place of s).
@@ -144,8 +126,6 @@ class LowerBound:
     """
 
     k: float = 1.0
-
-    estimable = False
 
     def __post_init__(self) -> None:
         check_number(self.k, "LowerBound", "k", -inf, inf, "a finite number")
@@ -164,7 +144,7 @@ class LowerBound:
 
 
 @dataclass(frozen=True)
-class Quantile:
+class Quantile(Attitude):
     """log φ = Q_t(r)/β: the reward that is not exceeded with probability t, for distributions of preferences.
 
     Parameters
@@ -175,8 +155,6 @@ class Quantile:
 
     level: float
 
-    estimable = False
-
     def __post_init__(self) -> None:
         check_number(self.level, "Quantile", "level", 0.0, 1.0, "a probability between 0 and 1")
 
@@ -184,24 +162,20 @@ class Quantile:
         """(B,) Q_t(r)/β."""
         return belief.quantile(self.level) / beta
 
-    def upper(self, reward_upper: float, beta: float) -> float:
-        """sup r / β."""
-        return reward_upper / beta
-
     def formula(self, reward: str, beta: float) -> str:
         """exp(Q_t[r]/β)."""
         return f"exp(Q{self.level:g}[{reward}]{_over(beta)})"
 
 
 @dataclass(frozen=True)
-class Moderated:
+class Moderated(Attitude):
     """log φ = log E[σ(r/β)]: the probability of O = 1 when its log-odds are uncertain; φ ≤ 1, so that rejection works.
 
     It draws p(O=1|x) towards ½ where r is unknown: it penalises spread where m > 0 and rewards it where m < 0, and for
     m → −∞ it becomes `Marginal`. Source: `mackay1992`.
     """
 
-    estimable = True
+    estimable: ClassVar[bool] = True
 
     def log_factor(self, belief: Belief, beta: float) -> Tensor:
         """(B,) log E[σ(r/β)]."""

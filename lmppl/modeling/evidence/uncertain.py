@@ -268,8 +268,7 @@ class Judgement:
 
 
 def _check_attitude(attitude: object) -> None:
-    methods = ("log_factor", "upper", "formula", "estimable")
-    if isinstance(attitude, type) or not all(hasattr(attitude, name) for name in methods):
+    if not isinstance(attitude, Attitude):
         fix = f": write {attitude.__name__}(...)" if isinstance(attitude, type) else ""
         raise ModelError(
             f"UncertainReward: got attitude={attitude!r}, expected Mean(), Marginal(), Robust(kappa), LowerBound(k), "

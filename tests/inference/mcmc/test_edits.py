@@ -80,8 +80,8 @@ def test_mutants_of_edits_and_blocks(monkeypatch):
     assert off_balance(matrix, law_at(brute))[0] > VISIBLE
     block = blocks.block_log_ratio
 
-    def without_the_tail(change, new, old, ends, before, after):
-        return block(new - old, new, old, ends, before, after)
+    def without_the_tail(change, new, old):
+        return block(new - old, new, old)
 
     monkeypatch.setattr(blocks, "block_log_ratio", without_the_tail)
     matrix, brute = walked_matrix(BlockResample(1), model)

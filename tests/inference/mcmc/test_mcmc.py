@@ -399,3 +399,19 @@ def test_power_posterior_with_the_tempered_prior_as_proposal():
 def test_means_of_chains_are_consistent_not_unbiased() -> None:
     found = infer(TabularLM.random(3, 2, seed=5) * Reward(wavy), MCMC(num_chains=4, num_steps=8), seed=0)
     assert found.expectation(lambda texts: [float(len(t)) for t in texts]).kind == "consistent"
+
+
+def test_constraints_say_nothing_of_mixing() -> None:
+    """log φ = 0 on all rows: they have no figures, and R̂ of the others is finite."""
+    lm = TabularLM.random(4, 4, seed=5)
+    model = lm * Reward(wavy) * Constraint(has_no("aa"), name="no_aa")
+    found = infer(model, MCMC(num_chains=16, num_steps=32), seed=0)
+    assert set(found.info["rhat"]) == set(found.info["nested_rhat"]) == {"wavy", "log_prior", "length"}
+    assert all(bool(torch.isfinite(value).all()) for value in found.info["rhat"].values())
+
+
+def test_means_under_an_engines_own_law_are_called_so() -> None:
+    model = TabularLM.random(3, 2, seed=5) * Reward(wavy, upper=1.0)
+    for engine, kind in (("best_of_n", "own_law"), ("quasi_rejection", "own_law"), ("rejection", "unbiased"),
+                         ("importance", "consistent")):  # fmt: skip
+        assert infer(model, engine, 8, seed=0).expectation("wavy").kind == kind

@@ -441,8 +441,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     for name, broken, words in (
         ("cut", content[: len(content) // 2], "no safetensors file, or a damaged one"),
         ("flipped", content[:-3] + bytes([content[-3] ^ 16]) + content[-2:], "does not match its checksum"),
+        ("header", content.replace(b'\\"num_steps\\": ', b'\\"num_steps\\":9', 1), "does not match its checksum"),
         ("empty", b"", "no safetensors file"),
     ):
+        assert broken != content
         bad = tmp_path / name
         bad.write_bytes(broken)
         with pytest.raises(StorageError, match=words):
@@ -454,7 +456,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     header = {"format": "lmppl.twist", "version": 99}
     newer = tmp_path / "newer"
     newer.write_bytes(safetensors.torch.save({"bias": torch.zeros(1)}, {"lmppl.twist": json.dumps(header)}))
-    with pytest.raises(StorageError, match="format version 99, this lmppl reads 1"):
+    with pytest.raises(StorageError, match="format version 99, this lmppl reads 2"):
         LearnedTwist.load(newer, lm)
 
 
