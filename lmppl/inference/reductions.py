@@ -12,7 +12,7 @@ from torch import Tensor
 from lmppl.diagnostics.tilting import Tilt, is_reachable, tilt
 from lmppl.errors import InfeasibleModel, ModelError
 from lmppl.inference.approximation import LEVEL, Z_SCORE, Approximation, ExactTable, widening
-from lmppl.inference.engine import Engine
+from lmppl.inference.engine import Engine, Guarantee
 from lmppl.inference.run import infer
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.model import Model
@@ -110,7 +110,7 @@ def fit_moments(
     Raises
     ------
     ModelError
-        Where no factor is a moment.
+        Where no factor is a moment, or the engine's law is not π*.
     InfeasibleModel
         Where μ is not in the relative interior of what the draws reach (of all that can be reached, where the engine
         enumerates), with the interval; where f is the same on all draws; where the rounds end before μ is reached.
@@ -128,6 +128,11 @@ def fit_moments(
     while True:
         found = infer(_at(model, moments, present), engine, num_draws, seed=seed + number, progress=False)
         cost.add(found.cost)
+        if found.guarantee in (Guarantee.APPROXIMATE, Guarantee.HEURISTIC):
+            raise ModelError(
+                f"fit_moments: the draws of {found.engine} are {found.guarantee.value}, of a law that is not π*, and "
+                "their means say nothing of λ; use an engine that is exact or consistent"
+            )
         tilts = [_tilted(found, moments, target, group) for group in groups]
         for group, one in zip(groups, tilts, strict=True):
             present[group] += one.multipliers

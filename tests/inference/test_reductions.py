@@ -178,6 +178,11 @@ def test_the_declaration_round_trips() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "told"),
     [
+        (
+            lambda: lmppl.fit_moments(coin(0.2) * lmppl.Moment(has_a, 0.5), "best_of_n"),
+            ModelError,
+            r"are heuristic, of a law that is not π",
+        ),
         (lambda: lmppl.Moment(has_a, math.nan), ModelError, "target=nan"),
         (lambda: lmppl.Moment(has_a, "half"), ModelError, "target='half'"),
         (lambda: lmppl.Moment(has_a, 1.0, range=(0, 1)), ModelError, "strictly between 0 and 1"),
@@ -200,7 +205,18 @@ def test_the_declaration_round_trips() -> None:
             "fitted for 1 contexts, and the prior has 2",
         ),
     ],
-    ids=["nan", "text", "at the end", "order", "no function", "no moment", "length", "outside", "contexts"],
+    ids=[
+        "heuristic",
+        "nan",
+        "text",
+        "at the end",
+        "order",
+        "no function",
+        "no moment",
+        "length",
+        "outside",
+        "contexts",
+    ],
 )
 def test_wrong_declarations(make: Any, kind: type[Exception], told: str) -> None:
     with pytest.raises(kind, match=told):

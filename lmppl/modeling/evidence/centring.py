@@ -61,7 +61,7 @@ class CentredBeliefs:
         known = _CENTRES.setdefault(self.lm, {})
         key = (self.fn, self.on, self.num_references)
         if key not in known:
-            draws = self.lm.draw(self.num_references, generator=torch.Generator(self.lm.device).manual_seed(0))
+            draws = self.lm.draw(self.num_references, generator=torch.Generator().manual_seed(0))
             belief = self._raw(draws)
             values = belief.values if isinstance(belief, Members) else belief.mean
             total = values.new_zeros(self.lm.num_contexts, *values.shape[1:])
