@@ -35,7 +35,14 @@ def two_chains(model):
     return matrices, starts, first
 
 
-@pytest.mark.parametrize(("shape", "waiting"), [("soft", rolling.WAITING), ("hard", rolling.WAITING), ("soft", 1)])
+@pytest.mark.parametrize(
+    ("shape", "waiting"),
+    [
+        ("soft", 1),
+        ("hard", rolling.WAITING),
+        pytest.param("soft", rolling.WAITING, marks=pytest.mark.slow),  # ten seconds each
+    ],
+)
 def test_the_joint_law_of_two_chains_is_the_product_of_their_steps(shape, waiting, monkeypatch):
     """All paths of two steps of two chains, one of which may be in its second step while the other is in its first.
 
