@@ -133,16 +133,17 @@ def fit_moments(
                 f"fit_moments: the draws of {found.engine} are {found.guarantee.value}, of a law that is not π*, and "
                 "their means say nothing of λ; use an engine that is exact or consistent"
             )
-        tilts = [_tilted(found, moments, target, group) for group in groups]
+        values = _values(found, moments)
+        tilts = [_tilted(found, values, moments, target, group) for group in groups]
         for group, one in zip(groups, tilts, strict=True):
             present[group] += one.multipliers
         number += 1
-        errors = torch.cat([_errors(found, moments, g, one) for g, one in zip(groups, tilts, strict=True)])
+        errors = torch.cat([_errors(found, values, g, one) for g, one in zip(groups, tilts, strict=True)])
         steps = torch.stack([one.multipliers for one in tilts])
         if all(one.complete for one in tilts) and bool((steps.abs() <= SETTLED * errors + EXACT).all()):
             break
         if number == max_rounds:
-            _refuse_unreached(found, moments, target, max_rounds)
+            _refuse_unreached(values, moments, target, max_rounds)
     fitted = _at(model, moments, present)
     fresh = infer(fitted, engine, num_draws, seed=seed + max_rounds, progress=False)
     cost.add(fresh.cost)
@@ -185,8 +186,10 @@ def _log_weight(found: Approximation, group: Sequence[int]) -> Tensor:
     return result
 
 
-def _tilted(found: Approximation, moments: Sequence[Moment], target: Tensor, group: Sequence[int]) -> Tilt:
-    values, log_weight = _values(found, moments), _log_weight(found, group)
+def _tilted(
+    found: Approximation, values: Tensor, moments: Sequence[Moment], target: Tensor, group: Sequence[int]
+) -> Tilt:
+    log_weight = _log_weight(found, group)
     inside = values[log_weight > -torch.inf]
     whole = isinstance(found, ExactTable) and found.enumerated
     low, high = inside.amin(0), inside.amax(0)
@@ -206,7 +209,7 @@ def _tilted(found: Approximation, moments: Sequence[Moment], target: Tensor, gro
     return found_tilt if reachable else found_tilt._replace(complete=False)  # all weight on the rim of the draws
 
 
-def _refuse_unreachable(moments: Sequence[Moment], low: Tensor, high: Tensor, target: Tensor, where: str) -> None:
+def _refuse_unreachable(moments: Sequence[Moment], low: Tensor, high: Tensor, target: Tensor, where: str) -> NoReturn:
     rows = [
         f"{name} reaches ({a:g}, {b:g}) and its target is {m:g}"
         for name, a, b, m in zip(_labels(moments), low.tolist(), high.tolist(), target.tolist(), strict=True)
@@ -215,8 +218,7 @@ def _refuse_unreachable(moments: Sequence[Moment], low: Tensor, high: Tensor, ta
     raise InfeasibleModel(f"fit_moments: no law has these moments {where}: {'; '.join(rows)}{together}")
 
 
-def _refuse_unreached(found: Approximation, moments: Sequence[Moment], target: Tensor, rounds: int) -> NoReturn:
-    values = _values(found, moments)
+def _refuse_unreached(values: Tensor, moments: Sequence[Moment], target: Tensor, rounds: int) -> NoReturn:
     rows = [
         f"{name} is in [{a:g}, {b:g}] on the last draws and its target is {m:g}"
         for name, a, b, m in zip(
@@ -239,9 +241,9 @@ def _where(found: Approximation, group: Sequence[int]) -> str:
     return f"in context {group[0]} ({found.draws.prompts[group[0]]!r})"
 
 
-def _errors(found: Approximation, moments: Sequence[Moment], group: Sequence[int], one: Tilt) -> Tensor:
+def _errors(found: Approximation, values: Tensor, group: Sequence[int], one: Tilt) -> Tensor:
     """(1, K) standard errors of λ by the delta method: Cov⁻¹ times those of the mean at λ."""
-    values, weights = _values(found, moments), one.log_weight.exp()
+    weights = one.log_weight.exp()
     inverse = torch.linalg.pinv(one.covariance)
     squares = torch.zeros(values.shape[1], dtype=torch.float64)
     for c in group:

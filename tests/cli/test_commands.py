@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import lmppl
 from lmppl.cli import app
-from lmppl.cli.demo import _agreement, run_demo
+from lmppl.cli.demo import _agreement
 from lmppl.cli.exits import say
 from lmppl.cli.sentiment import is_impersonal, sentiment
 from lmppl.comparison import Comparison, Figure
@@ -354,13 +354,29 @@ def test_sentiment_is_bounded_and_hears_negations() -> None:
     assert is_impersonal(["a good film.", "I liked it", "it's for us", "mystery", "I'm glad"]) == [1, 0, 0, 1, 0]
 
 
-def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_that_are_far_apart_are_not_said_to_agree() -> None:
+    one = Figure(0.0, 0.3)
+    assert _agreement(one, Figure(0.5, 0.4)) == "agree on log Z within 1.0 standard errors"
+    assert _agreement(one, Figure(1.0, 0.4)) == "agree on log Z within 2.0 standard errors"
+    assert _agreement(one, Figure(1.4, 0.4)) == "differ on log Z by 2.8 standard errors (by chance once in 196 runs)"
+    assert _agreement(one, Figure(9.0, 0.4)) == "differ on log Z by 18.0 standard errors"
+
+
+def test_the_demonstration_runs_its_engines_and_shows_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Comparison] = []
+    compare = lmppl.compare
+
+    def kept(*arguments: object, **options: object) -> Comparison:
+        seen.append(compare(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("lmppl.cli.demo.compare", kept)
     monkeypatch.setattr("lmppl.cli.demo.NUM_DRAWS", 40)
-    monkeypatch.setenv("COLUMNS", "100")
-    run_demo(0, False)
-    shown = capsys.readouterr().out
+    result = call("demo", "--no-progress")
+    assert result.exit_code == 0
+    shown = result.stdout
     for text in (
-        "num_draws=40, seed=0)",
+        "num_draws=40, seed=1)",
         "π*(x|c) ∝ π0(x|c)",
         "draws of the posterior",
         "best_of_n(n=8)",
@@ -370,26 +386,6 @@ def test_the_demonstration_runs(capsys: pytest.CaptureFixture[str], monkeypatch:
         assert text in shown
     assert shown.rstrip().splitlines()[-1].endswith(".")
     assert all(line == line.rstrip() for line in shown.splitlines())
-
-
-def test_estimates_that_are_far_apart_are_not_said_to_agree() -> None:
-    one = Figure(0.0, 0.3)
-    assert _agreement(one, Figure(0.5, 0.4)) == "agree on log Z within 1.0 standard errors"
-    assert _agreement(one, Figure(1.0, 0.4)) == "agree on log Z within 2.0 standard errors"
-    assert _agreement(one, Figure(1.4, 0.4)) == "differ on log Z by 2.8 standard errors (by chance once in 196 runs)"
-    assert _agreement(one, Figure(9.0, 0.4)) == "differ on log Z by 18.0 standard errors"
-
-
-def test_the_demonstration_shows_its_engines_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Comparison] = []
-    compare = lmppl.compare
-
-    def kept(*arguments: object, **options: object) -> Comparison:
-        seen.append(compare(*arguments, **{**options, "num_draws": 40}))
-        return seen[-1]
-
-    monkeypatch.setattr("lmppl.cli.demo.compare", kept)
-    assert call("demo", "--no-progress").exit_code == 0
     (table,) = seen
     ran = [row.label for row in table.rows if row.figures]
     assert ran == ["prior", "rejection", "importance", "smc", "mcmc(warmup=20)", "best_of_n(n=8)"]
