@@ -222,6 +222,11 @@ class Factor:
         return 0.0
 
     @property
+    def is_predicate(self) -> bool:
+        """Whether φ is 0 or 1 by declaration."""
+        return False
+
+    @property
     def kind(self) -> str:
         """The declaration's name: "Reward", "Constraint", ..."""
         return type(self).__name__

@@ -86,7 +86,7 @@ class TargetForm:
             log_upper=sum(f.upper for f in factors),
             incremental=tuple(f.name for f in factors if f.incremental is not None),
             soft=tuple(f.name for f in factors if f.soft is not None),
-            graded=tuple(f.name for f in factors if f.kind != "Constraint"),
+            graded=tuple(f.name for f in factors if not f.is_predicate),
         )
 
 

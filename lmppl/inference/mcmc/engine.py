@@ -172,7 +172,7 @@ class MCMC(Engine):
             "unbounded": target.form.unbounded,
             "steps": total,
             "coverage": self.kernel.coverage(target),
-            "predicates": [f.name for f in target.factors if f.kind == "Constraint"],
+            "predicates": [f.name for f in target.factors if f.is_predicate],
         }
         return Part(shard, concatenate(kept, pad_id=target.prior.pad_id), info=part)
 

@@ -5,6 +5,18 @@ from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
+from lmppl.modeling.evidence.languages import (
+    Banned,
+    Combination,
+    Contains,
+    Finished,
+    Grammar,
+    JsonSchema,
+    Language,
+    MaxWords,
+    OneOf,
+    Regex,
+)
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.reward import Optimality, Reward
@@ -13,16 +25,26 @@ from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 __all__ = [
     "Automaton",
     "BagOfWords",
+    "Banned",
+    "Combination",
     "Constraint",
+    "Contains",
+    "Finished",
+    "Grammar",
     "HiddenClassifier",
+    "JsonSchema",
+    "Language",
     "LowerBound",
     "Marginal",
+    "MaxWords",
     "Mean",
     "Moderated",
     "Moment",
+    "OneOf",
     "Optimality",
     "PowerPrior",
     "Quantile",
+    "Regex",
     "Reward",
     "Robust",
     "SpreadGate",

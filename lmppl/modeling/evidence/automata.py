@@ -1,13 +1,14 @@
 """Finite automata over characters or tokens: evidence in which engines can look ahead and sum exactly.
 
 A word is read symbol by symbol; what the alphabet does not name is "any other symbol", so that an automaton
-over a few characters reads every text.
+over a few characters reads every text. A symbol may be a set of characters that all act alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError
 from lmppl.modeling.evidence import automaton_algebra
+from lmppl.modeling.evidence.character_sets import CharacterSet, Columns, columns_of
 from lmppl.sequences import Sequences
 
 __all__ = ["Automaton"]
 
 Over = Literal["characters", "tokens"]
-Symbol = str | int
+Symbol = str | int | CharacterSet
 Word = str | Sequence[int]
 
 
@@ -33,8 +35,8 @@ class Automaton:
     transitions : Tensor (Q, A+1), int64
         `transitions[q, a]` is the state after reading `alphabet[a]` in state q; the last column is any other
         symbol.
-    alphabet : tuple of str or of int
-        A single characters, or A token ids.
+    alphabet : tuple of str, of CharacterSet, or of int
+        A single characters or sets of them, none of which is in two; or A token ids.
     start : int
         The state before the first symbol.
     accept : Tensor (Q,), bool
@@ -63,13 +65,15 @@ class Automaton:
     def __post_init__(self) -> None:
         if self.over not in ("characters", "tokens"):
             raise ModelError(f"Automaton: got over={self.over!r}, expected 'characters' or 'tokens'")
-        kind: type = str if self.over == "characters" else int
+        kind = str | CharacterSet if self.over == "characters" else int
         for symbol in self.alphabet:
             if not isinstance(symbol, kind) or (isinstance(symbol, str) and len(symbol) != 1):
-                expected = "single characters" if self.over == "characters" else "token ids"
+                expected = "single characters, or sets of them" if self.over == "characters" else "token ids"
                 raise ModelError(f"Automaton: got the symbol {symbol!r}, expected {expected}")
         if len(set(self.alphabet)) != len(self.alphabet):
             raise ModelError(f"Automaton: the alphabet names a symbol twice: {self.alphabet}")
+        if self.over == "characters":
+            self._check_overlap()
         size = len(self.accept)
         if self.transitions.shape != (size, len(self.alphabet) + 1) or self.accept.dtype != torch.bool:
             raise ShapeError(
@@ -78,6 +82,21 @@ class Automaton:
             )
         if not bool(((self.transitions >= 0) & (self.transitions < size)).all()) or not 0 <= self.start < size:
             raise ModelError(f"Automaton: a state is outside 0..{size - 1}")
+
+    def _check_overlap(self) -> None:
+        try:
+            columns_of(self._characters)
+        except ValueError as error:
+            raise ModelError(f"Automaton: the alphabet names the character {str(error)!r} twice") from error
+
+    @property
+    def _characters(self) -> list[str | CharacterSet]:
+        return [s for s in self.alphabet if not isinstance(s, int)]
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Which symbol each character is, over characters."""
+        return columns_of(self._characters)
 
     @property
     def num_states(self) -> int:
@@ -213,20 +232,22 @@ class Automaton:
         """(B,) bool, for the tokens of B sequences, EOS among them."""
         return self.accept[self.run(sequences.token_lists())]
 
-    def lift(self, symbols: Sequence[str]) -> Tensor:
-        """(Q, V) the state after each token of an LM, whose V tokens are the texts `symbols`.
+    def lift(self, symbols: Sequence[str], states: Tensor | None = None) -> Tensor:
+        """(Q, V) the state after each token of an LM, whose V tokens are the texts `symbols`; (S, V) from S `states`.
 
         Over characters, each token is read character by character, so that special tokens, as the empty text,
         leave the state as it is. Over tokens, token v is the symbol v. Source: `koo2024`.
         """
         if self.over == "tokens":
             column = {symbol: i for i, symbol in enumerate(self.alphabet)}
-            return self.transitions[:, [column.get(v, len(self.alphabet)) for v in range(len(symbols))]]
+            rows = self.transitions if states is None else self.transitions[states]
+            return rows[:, [column.get(v, len(self.alphabet)) for v in range(len(symbols))]]
         codes, lengths = self._encode(symbols)
-        table = torch.arange(self.num_states)[:, None].repeat(1, len(symbols))
+        start = torch.arange(self.num_states) if states is None else states
+        table = start[:, None].repeat(1, len(symbols))
         # Tokens share beginnings, and read alike where they differ in unnamed characters: each beginning is read once.
         columns, radix = codes.new_zeros(len(symbols)), self.transitions.shape[1]
-        states = table[:, :1]
+        states = start[:, None]
         for t in range(codes.shape[1]):
             longer = torch.nonzero(lengths > t).squeeze(1)
             beginnings, columns[longer] = torch.unique(columns[longer] * radix + codes[longer, t], return_inverse=True)
@@ -239,15 +260,20 @@ class Automaton:
         """(B, L) columns of `transitions`, and (B,) lengths."""
         if isinstance(words, str):
             raise ModelError(f"Automaton: got the single text {words!r}, expected a list of texts")
-        column = {symbol: i for i, symbol in enumerate(self.alphabet)}
-        other = len(self.alphabet)
         for word in words:
             if isinstance(word, str) != (self.over == "characters"):
                 raise ModelError(f"Automaton over {self.over}: cannot read {word!r}")
         lengths = torch.tensor([len(word) for word in words], dtype=torch.int64)
+        if self.over == "characters":
+            symbols = torch.from_numpy(self.columns.of_text("".join(str(word) for word in words)))
+        else:
+            column: dict[Any, int] = {symbol: i for i, symbol in enumerate(self.alphabet)}
+            read = [column.get(symbol, len(self.alphabet)) for word in words for symbol in word]
+            symbols = torch.tensor(read, dtype=torch.int64)
         width = int(lengths.max()) if len(words) else 0
-        rows = [[column.get(s, other) for s in word] + [other] * (width - len(word)) for word in words]
-        return torch.tensor(rows, dtype=torch.int64).view(len(words), width), lengths
+        codes = torch.full((len(words), width), len(self.alphabet))
+        codes[torch.arange(width) < lengths[:, None]] = symbols
+        return codes, lengths
 
     # What can still happen.
 
@@ -304,7 +330,7 @@ class Automaton:
         """The automaton as JSON data."""
         return {
             "transitions": self.transitions.tolist(),
-            "alphabet": list(self.alphabet),
+            "alphabet": [[list(r) for r in s.ranges] if isinstance(s, CharacterSet) else s for s in self.alphabet],
             "start": self.start,
             "accept": self.accept.tolist(),
             "over": self.over,
@@ -315,7 +341,8 @@ class Automaton:
         """What `to_dict` wrote."""
         transitions = torch.tensor(data["transitions"], dtype=torch.int64)
         accept = torch.tensor(data["accept"], dtype=torch.bool)
-        return cls(transitions, tuple(data["alphabet"]), int(data["start"]), accept, data["over"])
+        alphabet = (CharacterSet.of_ranges(map(tuple, s)) if isinstance(s, list) else s for s in data["alphabet"])
+        return cls(transitions, tuple(alphabet), int(data["start"]), accept, data["over"])
 
 
 def _over(word: Word) -> Over:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
+from lmppl.modeling.evidence.character_sets import CharacterSet, as_set, refine
 
 if TYPE_CHECKING:
     from lmppl.modeling.evidence.automata import Automaton, Symbol, Word
@@ -28,8 +29,8 @@ def product(left: Automaton, right: Any, combine: Callable[[Tensor, Tensor], Ten
         raise ModelError(f"Automaton: got {type(right).__name__} as the other operand, expected an Automaton")
     if left.over != right.over:
         raise ModelError(f"Automaton: got one over {left.over} and one over {right.over}, expected one kind")
-    alphabet = tuple(dict.fromkeys([*left.alphabet, *right.alphabet]))
-    table, other, size = _columns(left, alphabet), _columns(right, alphabet), right.num_states
+    alphabet, columns = _common_alphabet(left, right)
+    table, other, size = left.transitions[:, columns[:, 0]], right.transitions[:, columns[:, 1]], right.num_states
 
     def following(pairs: Tensor) -> Tensor:
         codes: Tensor = table[pairs // size] * size + other[pairs % size]
@@ -52,11 +53,26 @@ def product(left: Automaton, right: Any, combine: Callable[[Tensor, Tensor], Ten
     return minimize(type(left)(transitions, alphabet, start, accept, left.over))
 
 
-def _columns(machine: Automaton, alphabet: Sequence[Symbol]) -> Tensor:
-    """(Q, len(alphabet) + 1) the transitions on a larger alphabet."""
-    column = {symbol: i for i, symbol in enumerate(machine.alphabet)}
-    other = len(machine.alphabet)
-    return machine.transitions[:, [*(column.get(s, other) for s in alphabet), other]]
+def _common_alphabet(left: Automaton, right: Automaton) -> tuple[tuple[Symbol, ...], Tensor]:
+    """An alphabet of A symbols that both can read, and (A+1, 2) their columns for each symbol and for any other."""
+    others = [len(left.alphabet), len(right.alphabet)]
+    if left.over == "tokens":
+        alphabet = tuple(dict.fromkeys([*left.alphabet, *right.alphabet]))
+        number = [{symbol: i for i, symbol in enumerate(one.alphabet)} for one in (left, right)]
+        rows = [[n.get(s, other) for n, other in zip(number, others, strict=True)] for s in alphabet]
+        return alphabet, torch.tensor([*rows, others])
+    sets, columns = refine([left.columns, right.columns])
+    named = [i for i, row in enumerate(columns.tolist()) if row != others]
+    return tuple(_symbol(sets[i]) for i in named), torch.tensor([*(columns[i].tolist() for i in named), others])
+
+
+def _token(symbol: Symbol) -> int:
+    assert isinstance(symbol, int)
+    return symbol
+
+
+def _symbol(characters: CharacterSet) -> Symbol:
+    return characters.example if len(characters) == 1 else characters
 
 
 def trim(machine: Automaton) -> Automaton:
@@ -97,12 +113,26 @@ def minimize(machine: Automaton) -> Automaton:
 
 
 def _without_idle_symbols(machine: Automaton) -> Automaton:
-    """Without the symbols that act as any other one; the alphabet sorted."""
-    table, alphabet = machine.transitions, machine.alphabet
-    acting = (table[:, :-1] != table[:, -1:]).any(0).tolist()
-    kept = sorted((i for i, acts in enumerate(acting) if acts), key=lambda i: alphabet[i])
-    names = tuple(alphabet[i] for i in kept)
-    return type(machine)(table[:, [*kept, -1]], names, machine.start, machine.accept, machine.over)
+    """Without the symbols that act as any other one, and with those that act alike as one; the alphabet sorted."""
+    if machine.over == "tokens":
+        table, alphabet = machine.transitions, machine.alphabet
+        acting = (table[:, :-1] != table[:, -1:]).any(0).tolist()
+        kept = sorted((i for i, acts in enumerate(acting) if acts), key=lambda i: _token(alphabet[i]))
+        names = tuple(alphabet[i] for i in kept)
+        return type(machine)(table[:, [*kept, -1]], names, machine.start, machine.accept, machine.over)
+    ways, way = machine.transitions.unique(dim=1, return_inverse=True)
+    members: list[list[tuple[int, int]]] = [[] for _ in range(ways.shape[1])]
+    for symbol, w in zip(machine.alphabet, way.tolist(), strict=False):
+        assert not isinstance(symbol, int)
+        members[w] += as_set(symbol).ranges
+    unnamed = ~CharacterSet.of_ranges(r for ranges in members for r in ranges)
+    members[int(way[-1])] += unnamed.ranges
+    sets = [CharacterSet.of_ranges(ranges) for ranges in members]
+    # "Any other" is what holds the last code point, whatever was called so before: then equal languages are equal.
+    other = next(i for i, one in enumerate(sets) if "\U0010ffff" in one)
+    kept = sorted((i for i, one in enumerate(sets) if one and i != other), key=lambda i: sets[i].ranges)
+    names = tuple(_symbol(sets[i]) for i in kept)
+    return type(machine)(ways[:, [*kept, other]], names, machine.start, machine.accept, machine.over)
 
 
 def shortest(machine: Automaton) -> Word | None:
@@ -129,9 +159,10 @@ def _path(arrival: dict[int, tuple[int, int] | None], state: int) -> list[int]:
 
 
 def _spell(machine: Automaton, columns: list[int]) -> Word:
-    known = set(machine.alphabet)
+    known = machine.alphabet
     if machine.over == "characters":
-        stranger = next(chr(c) for c in range(ord("!"), 0x110000) if chr(c) not in known)
-        return "".join(str(s) for s in ([*machine.alphabet, stranger][c] for c in columns))
+        named = [as_set(s) for s in known if not isinstance(s, int)]
+        stranger = ~CharacterSet.of_ranges(r for one in named for r in one.ranges)
+        return "".join([*named, stranger][c].example for c in columns)
     number = next(i for i in range(len(known) + 1) if i not in known)
-    return tuple(int(s) for s in ([*machine.alphabet, number][c] for c in columns))
+    return tuple([*(s for s in known if isinstance(s, int)), number][c] for c in columns)

@@ -2,7 +2,8 @@
 
 The automaton is lifted from characters to the LM's tokens once; after that a prefix is one state, and the question
 which of V tokens may follow is one row of a table. What is left of the horizon counts: a prefix is dead as soon as no
-number of the tokens that still fit can lead to acceptance.
+number of the tokens that still fit can lead to acceptance. For very large automata that is judged by the number of
+characters that still fit, and rows of the table are made when a prefix gets there.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
+from lmppl.modeling.evidence.character_sets import as_set
 
 __all__ = ["AutomatonPrefixes", "AutomatonRows"]
 
 RUNS_KEPT = 1024  # runs of open tokens whose increments are remembered
+EXACT_CELLS = 20_000_000  # states × tokens up to which it is computed what the remaining tokens can still reach
 
 
+MASK = torch.float16
 DEAD, OVER, BEGINNING = 1, 2, 4
 RUN, RUN_BITS = 3, 16  # tokens of the open run, from bit 3
 STATE = RUN + RUN_BITS
@@ -52,8 +56,9 @@ class AutomatonRows(NamedTuple):
 class AutomatonPrefixes:
     """The `Incremental` form of 1[automaton accepts x]: log ψ(x_≤t) = 0 while acceptance can be reached, else −inf.
 
-    "Can be reached" is over all tokens that still fit, whatever their probability under the LM. At the end of a row, by
-    EOS or at the cap, the potential is log φ. Tokens of the LM must add up to text (`Spelling.additive`) and rows must
+    "Can be reached" is over all tokens that still fit, whatever their probability under the LM (over as many characters
+    as still fit, where states × tokens are more than 20 million). At the end of a row, by EOS or at the cap, the
+    potential is log φ. Tokens of the LM must add up to text (`Spelling.additive`) and rows must
     end by EOS or the cap alone, unless the automaton reads token ids, EOS among them.
 
     Parameters
@@ -81,26 +86,28 @@ class AutomatonPrefixes:
         first = self.automaton.start
         code = (first << STATE) | (0 if bool(tables.alive[self.horizon, first]) else DEAD)
         trail = contexts.new_full((batch, self.horizon + 1), code)
-        if tables.first is not None:
+        if tables.begins_differently:
             trail[:, 0] |= tables.begins[contexts] * BEGINNING
         return AutomatonRows(contexts.new_zeros(batch, self.horizon), contexts.new_zeros(batch), trail, 0)
 
     def weigh(self, state: AutomatonRows, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`: 0 or −inf; −inf for a row that is dead or has ended.
 
-        Where all rows are in one state, the rows of (B, V) share their memory.
+        In float16, which both numbers are exact in: writing (B, V) numbers is what a mask costs. Where all rows are in
+        one state, the rows share their memory.
         """
         tables, codes = self._on(state.ids.device), self._now(state)
         left = self.horizon - state.uniform
         if state.uniform < 0 or left == 0 or bool((codes & UNUSUAL).any()):
             return self._weigh_each(state, codes, candidates)
-        states, mask = codes >> STATE, tables.mask(left, False)
+        states = codes >> STATE
+        mask = tables.mask(left, False, states)
         if candidates is not None:
             result = mask[states[:, None], candidates]
         elif len(states) and bool((states == states[0]).all()):
             result = mask[states[0]].expand(len(states), -1)
         else:
-            result = mask[states]
+            result = mask.index_select(0, states)
         return self._without_dead(result, codes)
 
     def advance(self, state: AutomatonRows, tokens: Tensor, step: Any = None) -> AutomatonRows:
@@ -110,8 +117,9 @@ class AutomatonPrefixes:
         simple = state.uniform >= 0 and not bool(((codes & UNUSUAL) | tables.unusual[tokens]).any())
         if simple:
             states, at = codes >> STATE, state.uniform
-            dead = tables.mask(self.horizon - at, False)[states, tokens] == -torch.inf
-            new = (tables.following[states, tokens] << STATE) | (codes & DEAD) | dead | tables.over[tokens]
+            dead = tables.mask(self.horizon - at, False, states)[states, tokens] == -torch.inf
+            moved = tables.rows(states)[states, tokens].long()
+            new = (moved << STATE) | (codes & DEAD) | dead | tables.over[tokens]
             ids[:, at] = tokens
             trail[:, at + 1] = new
             return AutomatonRows(ids, state.lengths + 1, trail, at + 1)
@@ -142,7 +150,7 @@ class AutomatonPrefixes:
         return f"AutomatonPrefixes({self.automaton!r})"
 
     def _on(self, device: torch.device) -> _Tables:
-        if self._tables is None or self._tables.following.device != device:
+        if self._tables is None or self._tables.device != device:
             self._tables = _Tables(self.automaton, self.lm, device)
         return self._tables
 
@@ -163,10 +171,10 @@ class AutomatonPrefixes:
         tables = self._on(codes.device)
         states, begun, left = codes >> STATE, (codes & BEGINNING) == 0, self.horizon - state.lengths
         shape = (len(codes), self.lm.vocab_size)
-        every = torch.full(shape, -torch.inf, dtype=self.lm.dtype, device=codes.device)
+        every = torch.full(shape, -torch.inf, dtype=MASK, device=codes.device)
         for number, inside in torch.stack([left, begun.long()], 1)[left > 0].unique(dim=0).tolist():
             rows = torch.nonzero((left == number) & (begun == bool(inside))).squeeze(1)
-            every[rows] = tables.mask(number, not inside)[states[rows]]
+            every[rows] = tables.mask(number, not inside, states[rows])[states[rows]]
         for row in torch.nonzero((_run(codes) > 0) & (left > 0)).squeeze(1).tolist():
             every[row] = tables.after_run(
                 self._tokens(state, codes, row), int(states[row]), bool(begun[row]), int(left[row])
@@ -178,9 +186,9 @@ class AutomatonPrefixes:
         """The numbers of the trail after `tokens`."""
         tables = self._on(codes.device)
         states, begun, left = codes >> STATE, (codes & BEGINNING) == 0, self.horizon - state.lengths
-        moved = tables.following[states, tokens]
-        if tables.first is not None:
-            moved = torch.where(begun, moved, tables.first[states, tokens])
+        moved = tables.rows(states)[states, tokens].long()
+        if tables.begins_differently:
+            moved = torch.where(begun, moved, tables.rows(states, True)[states, tokens].long())
         opens = tables.open[tokens]
         after, longer = torch.where(opens, states, moved), opens.long()
         dead = tables.mask_value(states, tokens, begun, left) == -torch.inf
@@ -189,7 +197,7 @@ class AutomatonPrefixes:
             now, inside = int(states[row]), bool(begun[row])
             dead[row] = tables.after_run(run, now, inside, int(left[row]))[token] == -torch.inf
             if tables.settles[token]:
-                after[row] = tables.following[tables.close(run, now, inside), token]
+                after[row] = tables.row(tables.close(run, now, inside))[token]
             else:
                 after[row], longer[row] = now, len(run) + 1
         settled = (longer == 0) & ~tables.silent[tokens]
@@ -211,22 +219,21 @@ class _Tables:
     """What the automaton does on each token of the LM: Q states, V tokens."""
 
     def __init__(self, automaton: Automaton, lm: LanguageModel, device: torch.device) -> None:
-        self.automaton, self.dtype, self.horizon = automaton, lm.dtype, lm.max_new_tokens
-        vocab = lm.vocab_size
+        self.automaton, self.device, self.horizon = automaton, device, lm.max_new_tokens
+        vocab, size = lm.vocab_size, automaton.num_states
         self.spelling = lm.spelling if automaton.over == "characters" else None
-        first = None
+        self.pieces = [[""] * vocab]  # of tokens behind others, and at the beginning of a text if that differs
         if self.spelling is None:
-            following = automaton.lift([""] * vocab)
             self.open = self.partial = self.silent = torch.zeros(vocab, dtype=torch.bool, device=device)
             self.settles = torch.ones_like(self.open)
         else:
             spelling = self.spelling
-            following = automaton.lift(spelling.pieces)
-            first = automaton.lift(spelling.first) if spelling.begins_differently else None
+            self.pieces = [spelling.pieces, spelling.first] if spelling.begins_differently else [spelling.pieces]
             self.open, self.partial = spelling.open.to(device), spelling.partial.to(device)
             self.silent, self.settles = spelling.silent.to(device), spelling.clean.to(device)
-        self.following = following.to(device)
-        self.first = None if first is None else first.to(device)
+        self.begins_differently = len(self.pieces) == 2
+        self._following = [torch.empty(size, vocab, dtype=torch.int32, device=device) for _ in self.pieces]
+        self._followed = [torch.zeros(size, dtype=torch.bool, device=device) for _ in self.pieces]
         self.begins = torch.tensor(lm.begins_text, dtype=torch.bool, device=device)
         self.accept = automaton.accept.to(device)
         self.ends = torch.isin(
@@ -236,27 +243,48 @@ class _Tables:
         self.unusual = self.open.long()
         self.live = automaton.live().to(device)
         self.live_beyond = _live_beyond_ascii(automaton).to(device)
-        self.alive = self._alive()
+        self.alive = self._alive() if size * vocab <= EXACT_CELLS else self._alive_by_characters()
         self._like = self.alive.unique(dim=0, return_inverse=True)[1].tolist()  # horizons with equal rows share masks
-        self._masks: dict[tuple[bool, int, bool], Tensor] = {}
+        self._masks: dict[tuple[bool, int, bool], tuple[Tensor, Tensor]] = {}
         self._runs: dict[tuple[tuple[int, ...], int, bool, int], Tensor] = {}
 
-    def mask(self, left: int, beginning: bool) -> Tensor:
-        """(Q, V) increments of the next of `left` tokens, from a prefix without a run."""
+    def rows(self, states: Tensor, beginning: bool = False) -> Tensor:
+        """(Q, V) int32 the next states, of which the rows `states` are there."""
+        kind = int(beginning and self.begins_differently)
+        table, known = self._following[kind], self._followed[kind]
+        if not bool(known[states].all()):
+            fresh = states[~known[states]].unique()
+            table[fresh] = self.automaton.lift(self.pieces[kind], fresh.cpu()).to(table)
+            known[fresh] = True
+        return table
+
+    def row(self, state: int, beginning: bool = False) -> Tensor:
+        """(V,) the next states of one state."""
+        found: Tensor = self.rows(torch.tensor([state], device=self.device), beginning)[state].long()
+        return found
+
+    def mask(self, left: int, beginning: bool, states: Tensor) -> Tensor:
+        """(Q, V) increments of the next of `left` tokens, from a prefix without a run; the rows `states` are there."""
         key = (left == 1, self._like[left - 1], beginning)
         if key not in self._masks:
-            allowed = self._allowed(left, beginning)
-            self._masks[key] = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(
-                ~allowed, -torch.inf
-            )
-        return self._masks[key]
+            shape = self._following[0].shape
+            known = torch.zeros(shape[0], dtype=torch.bool, device=self.device)
+            self._masks[key] = torch.empty(shape, dtype=MASK, device=self.device), known
+        table, known = self._masks[key]
+        if not bool(known[states].all()):
+            fresh = states[~known[states]].unique()
+            allowed = self._allowed(left, beginning, fresh)
+            table[fresh] = torch.zeros(allowed.shape, dtype=MASK, device=self.device).masked_fill_(~allowed, -torch.inf)
+            known[fresh] = True
+        return table
 
     def mask_value(self, states: Tensor, tokens: Tensor, begun: Tensor, left: Tensor) -> Tensor:
         """(B,) entries of `mask`."""
-        result = torch.empty(len(states), dtype=self.dtype, device=states.device)
+        result = torch.empty(len(states), dtype=MASK, device=states.device)
         for number, inside in torch.stack([left, begun.long()], 1).unique(dim=0).tolist():
             rows = (left == number) & (begun == bool(inside))
-            result[rows] = self.mask(number, not inside and self.first is not None)[states[rows], tokens[rows]]
+            beginning = not inside and self.begins_differently
+            result[rows] = self.mask(number, beginning, states[rows])[states[rows], tokens[rows]]
         return result
 
     def after_run(self, run: list[int], state: int, begun: bool, left: int) -> Tensor:
@@ -270,7 +298,7 @@ class _Tables:
 
     def _after_run(self, run: list[int], state: int, begun: bool, left: int) -> Tensor:
         closed = self.close(run, state, begun)
-        allowed = self.alive[left - 1][self.following[closed]]
+        allowed = self.alive[left - 1][self.row(closed)]
         beyond = bool(self.partial[run].any())
         joins = ~self.settles
         if left == 1:
@@ -280,7 +308,7 @@ class _Tables:
             before = self.live_beyond[state] if beyond else self.live[state]
             allowed = torch.where(joins, torch.where(self.partial, self.live_beyond[state], before), allowed)
         allowed = torch.where(self.ends, self.accept[closed], allowed)
-        zeros = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        zeros = torch.zeros(allowed.shape, dtype=MASK, device=allowed.device)
         return zeros.masked_fill_(~allowed, -torch.inf)
 
     def close(self, run: list[int], state: int, begun: bool) -> int:
@@ -289,28 +317,30 @@ class _Tables:
         text = self.spelling.text_of(run, not begun)
         return int(self.automaton.run([text], torch.tensor([state]))[0])
 
-    def _allowed(self, left: int, beginning: bool) -> Tensor:
-        """(Q, V) bool."""
-        table = self.following if self.first is None or not beginning else self.first
-        allowed = self.alive[left - 1][table]
+    def _allowed(self, left: int, beginning: bool, states: Tensor) -> Tensor:
+        """(S, V) bool."""
+        allowed = self.alive[left - 1][self.rows(states, beginning)[states].long()]
         if left > 1:
-            after = torch.where(self.partial, self.live_beyond[:, None], self.live[:, None])
+            after = torch.where(self.partial, self.live_beyond[states][:, None], self.live[states][:, None])
             allowed = torch.where(self.open, after, allowed)
-        at_end = self.accept[self.following]  # EOS adds no text, or is a symbol of its own
-        return torch.where(self.ends, at_end, allowed)
+        # EOS adds no text, or is a symbol of its own.
+        ends = torch.nonzero(self.ends).squeeze(1)
+        allowed[:, ends] = self.accept[self.rows(states)[states][:, ends].long()]
+        return allowed
 
     def _alive(self) -> Tensor:
         """(T+1, Q) bool: whether acceptance can be reached with so many tokens to come."""
         goes_on = ~self.ends & ~self.open
-        tables = [self.following] if self.first is None else [self.following, self.first]
         size = len(self.accept)
-        leads = torch.zeros(size, size, dtype=torch.bool, device=self.accept.device)
+        every = torch.arange(size, device=self.device)
+        leads = torch.zeros(size, size, dtype=torch.bool, device=self.device)
         closes = leads.clone()
-        for table in tables:
+        for beginning in (False, True)[: len(self.pieces)]:
+            table = self.rows(every, beginning)
             for q in range(size):
-                leads[q, table[q, goes_on]] = True
-                closes[q, table[q, self.open]] = True
-        stops = self.accept[self.following[:, self.ends]].any(1)
+                leads[q, table[q, goes_on].long()] = True
+                closes[q, table[q, self.open].long()] = True
+        stops = self.accept[self.rows(every)[:, self.ends].long()].any(1)
         partial = self.live_beyond if bool(self.partial.any()) else torch.zeros_like(self.live)
         runs_on = self.live if bool((self.open & ~self.partial).any()) else partial
         rows = [self.accept]
@@ -319,10 +349,24 @@ class _Tables:
             rows.append(stops | (leads & rows[-1]).any(1) | by_run)
         return torch.stack(rows)
 
+    def _alive_by_characters(self) -> Tensor:
+        """(T+1, Q) bool: whether so many tokens have as many characters as acceptance needs."""
+        distance = torch.where(self.accept, 0, -1)
+        table, steps = self.automaton.transitions.to(self.device), 0
+        while True:
+            steps += 1
+            nearer = (distance < 0) & (distance[table] == steps - 1).any(1)
+            if not bool(nearer.any()):
+                break
+            distance[nearer] = steps
+        longest = max(len(piece) for pieces in self.pieces for piece in pieces)
+        reach = torch.arange(self.horizon + 1, device=self.device) * longest
+        return (distance >= 0) & (distance <= reach[:, None])
+
 
 def _live_beyond_ascii(automaton: Automaton) -> Tensor:
     """(Q,) bool: the states from which a word with some character outside ASCII is accepted."""
-    beyond = [isinstance(s, str) and not s.isascii() for s in automaton.alphabet]
+    beyond = [not isinstance(s, int) and as_set(s).ranges[-1][1] > 127 for s in automaton.alphabet]
     columns = torch.tensor([*beyond, True])  # any other symbol: some character outside ASCII is always among them
     found = automaton.live()[automaton.transitions[:, columns]].any(1)
     while True:

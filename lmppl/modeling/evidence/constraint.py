@@ -150,6 +150,11 @@ class Constraint(Factor):
         return bound
 
     @property
+    def is_predicate(self) -> bool:
+        """As `Factor.is_predicate`."""
+        return True
+
+    @property
     def is_automaton(self) -> bool:
         """Whether the predicate is the automaton itself, and no function of the user's."""
         return self.automaton is not None and getattr(self.features[0].fn, "__self__", None) is self.automaton

@@ -217,6 +217,11 @@ class SpreadGate(Factor):
         object.__setattr__(self, "reward", reward)
         object.__setattr__(self, "max_spread", limit)
 
+    @property
+    def is_predicate(self) -> bool:
+        """As `Factor.is_predicate`."""
+        return True
+
     def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
         """As `Factor.bind`, with the features of the bound reward."""
         references = self.reward.num_references
