@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
 from lmppl.inference.engine import Budget, Engine, Part, Request, Shard
 from lmppl.inference.progress import progress_bar
+from lmppl.modeling.feasibility import refuse_infeasible
 from lmppl.modeling.model import Model
 from lmppl.modeling.target import Target
 from lmppl.sequences import Cost, Draws
@@ -194,6 +195,7 @@ class _Run:
         reason = chosen.unsupported_reason(target.form)
         if reason is not None:
             raise UnsupportedModel(reason)
+        refuse_infeasible(target.prior, target.factors)
         kept = None if checkpoint is None else Checkpoint(checkpoint, chosen, target, request.seed)
         return cls(chosen, target, request, kept)
 

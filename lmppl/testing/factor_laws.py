@@ -17,8 +17,12 @@ from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
 from lmppl.sequences import Sequences
 from lmppl.testing.reports import CheckFailed, Report
+from lmppl.testing.soft_laws import check_soft
+from lmppl.testing.text_laws import check_automaton_on_texts
 
 __all__ = ["check_factor"]
+
+NUM_TEXTS = 300  # random texts on which an automaton is held against the predicate
 
 
 def check_factor(
@@ -68,10 +72,12 @@ def check_factor(
         report.skip("the automaton accepts exactly where φ > 0", "none is given")
     else:
         _check_automaton(report, factor, sequences, values)
+        check_automaton_on_texts(report, factor, sequences, NUM_TEXTS, seed)
     if factor.incremental is None:
         report.skip("the incremental form adds up to log φ", "none is given")
     else:
         _check_incremental(report, factor.incremental, sequences, values, lm, tolerance)
+    check_soft(report, factor, lm, seed)
     return report
 
 

@@ -19,13 +19,13 @@ from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.character_sets import as_set
 
-__all__ = ["AutomatonPrefixes", "AutomatonRows"]
+__all__ = ["MASK", "AutomatonPrefixes", "AutomatonRows"]
 
 RUNS_KEPT = 1024  # runs of open tokens whose increments are remembered
 EXACT_CELLS = 20_000_000  # states × tokens up to which it is computed what the remaining tokens can still reach
 
 
-MASK = torch.float16
+MASK = torch.float16  # 0 and −inf are exact in it
 DEAD, OVER, BEGINNING = 1, 2, 4
 RUN, RUN_BITS = 3, 16  # tokens of the open run, from bit 3
 STATE = RUN + RUN_BITS

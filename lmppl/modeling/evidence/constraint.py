@@ -15,9 +15,9 @@ from lmppl.lm.base import LanguageModel
 from lmppl.modeling.declared_functions import function_name, qualified_name, to_feature
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.prefix_reader import LogFactor
-from lmppl.modeling.evidence.prefixes import automaton_form, prefix_closed_form
+from lmppl.modeling.evidence.prefixes import FormShelf, automaton_form, prefix_closed_form
 from lmppl.modeling.evidence.reward import applied, single_column
-from lmppl.modeling.factors import Factor, Feature, FeatureInput
+from lmppl.modeling.factors import Factor, Feature, FeatureInput, Incremental
 from lmppl.modeling.user_functions import RowError
 
 __all__ = ["Constraint"]
@@ -63,6 +63,7 @@ class Constraint(Factor):
 
     where: Callable[[Tensor], Any] | None
     prefix_closed: bool
+    forms: FormShelf
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class Constraint(Factor):
         )
         object.__setattr__(self, "where", where)
         object.__setattr__(self, "prefix_closed", prefix_closed)
+        object.__setattr__(self, "forms", FormShelf())
 
     @classmethod
     def characters(
@@ -142,10 +144,11 @@ class Constraint(Factor):
         """As `Factor.bind`: with the prefix-by-prefix form of the automaton, or of a prefix-closed function."""
         if self.automaton is None and not self.prefix_closed:
             return self
-        bound = copy.copy(self)
-        form = (
-            prefix_closed_form(self, lm, log_factor) if self.automaton is None else automaton_form(self.automaton, lm)
-        )
+        bound, automaton = copy.copy(self), self.automaton
+        if automaton is None:
+            form: Incremental = prefix_closed_form(self, lm, log_factor)
+        else:
+            form = self.forms.get(lm, lambda: automaton_form(automaton, lm))
         object.__setattr__(bound, "incremental", form)
         return bound
 

@@ -7,7 +7,7 @@ states; of a user's function it holds where the user says so (`prefix_closed=Tru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,9 +24,26 @@ from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.function_contents import content_digest
 from lmppl.sequences import Sequences
 
-__all__ = ["automaton_form", "prefix_closed_form"]
+__all__ = ["FormShelf", "automaton_form", "prefix_closed_form"]
 
+FORMS_KEPT = 4
 PROBES = 8  # texts that a run tries in order to find a function that is not prefix-closed
+
+
+class FormShelf:
+    """The forms that a factor has for language models: their tables are made once, however many runs ask."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[LanguageModel, Incremental]] = []
+
+    def get(self, lm: LanguageModel, make: Callable[[], Incremental]) -> Incremental:
+        """The form for `lm`, made by `make` if it is new."""
+        for known, form in self._kept:
+            if known is lm:
+                return form
+        form = make()
+        self._kept = [*self._kept[1 - FORMS_KEPT :], (lm, form)]
+        return form
 
 
 def automaton_form(automaton: Automaton, lm: LanguageModel) -> Incremental:

@@ -53,7 +53,7 @@ class Finished(Language):
         if lm.ends_by_eos_alone:
             automaton = _ends_with(lm.eos_ids)
             object.__setattr__(bound, "automaton", automaton)
-            object.__setattr__(bound, "incremental", automaton_form(automaton, lm))
+            object.__setattr__(bound, "incremental", self.forms.get(lm, lambda: automaton_form(automaton, lm)))
         else:
             object.__setattr__(bound, "incremental", PrefixReader(lm, _no_verdict, _verdict, lambda: "finished"))
         return bound

@@ -87,7 +87,7 @@ class Grammar(Language):
     def bind(self, lm: LanguageModel, log_factor: LogFactor | None = None) -> Factor:
         """As `Factor.bind`: with masks over the tokens of `lm`."""
         bound = copy.copy(self)
-        object.__setattr__(bound, "incremental", _GrammarForm(self.text, lm))
+        object.__setattr__(bound, "incremental", self.forms.get(lm, lambda: _GrammarForm(self.text, lm)))
         return bound
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
+from lmppl.modeling.evidence.automaton_prefixes import MASK
 from lmppl.modeling.evidence.languages.grammar_engine import TokenBytes, TokenMasks
 
 __all__ = ["GrammarPrefixes", "GrammarRows"]
 
-MASKS_KEPT = 4096  # prefixes whose masks are remembered
+MASKS_KEPT = 1024  # prefixes whose masks are remembered
 
 
 class GrammarRows(NamedTuple):
@@ -60,7 +61,7 @@ class GrammarPrefixes:
         ends[list(lm.eos_ids)] = True
         self.ends = ends
         self.mute = ~ends & torch.tensor([not one for one in tokens.inside])
-        self.silent = lm.spelling.silent
+        self._is_mute, self._is_silent = self.mute.tolist(), lm.spelling.silent.tolist()
         self._known: dict[tuple[tuple[int, ...], bool, bool], Tensor] = {}
 
     def start(self, contexts: Tensor, step: Step | None = None) -> GrammarRows:
@@ -68,7 +69,7 @@ class GrammarPrefixes:
         batch, cap = len(contexts), self.horizon
         none = torch.zeros(batch, cap + 1, dtype=torch.bool, device=contexts.device)
         rows = GrammarRows(contexts.new_zeros(batch, cap), torch.zeros_like(contexts), contexts, none, none.clone())
-        begins = self._increments(rows, torch.arange(batch)) > -torch.inf
+        begins = self._increments(rows, torch.arange(batch, device=contexts.device)) > -torch.inf
         rows.dead[:, 0] = ~begins.any(1).to(contexts.device)
         return rows
 
@@ -76,10 +77,13 @@ class GrammarPrefixes:
         """As `Incremental.weigh`: 0 or −inf; −inf for a row that is dead or has ended."""
         going = ~(_now(state.dead, state.lengths) | _now(state.over, state.lengths))
         device = state.ids.device
-        result = torch.full((len(going), self.lm.vocab_size), -torch.inf, dtype=self.lm.dtype, device=device)
         rows = torch.nonzero(going & (state.lengths < self.horizon)).squeeze(1)
-        if len(rows):
-            result[rows] = self._increments(state, rows.cpu()).to(device)
+        if len(rows) == len(going) > 0:
+            result = self._increments(state, rows).to(device)
+        else:
+            result = torch.full((len(going), self.lm.vocab_size), -torch.inf, dtype=MASK, device=device)
+            if len(rows):
+                result[rows] = self._increments(state, rows).to(device)
         return result if candidates is None else result.gather(1, candidates)
 
     def advance(self, state: GrammarRows, tokens: Tensor, step: Any = None) -> GrammarRows:
@@ -111,7 +115,8 @@ class GrammarPrefixes:
 
     def _increments(self, state: GrammarRows, rows: Tensor) -> Tensor:
         """(R, V) increments of rows that go on."""
-        keys = [self._key(state, row) for row in rows.tolist()]
+        columns = (state.ids[rows], state.lengths[rows], state.context[rows])
+        keys = [self._key(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         fresh = [key for key in dict.fromkeys(keys) if key not in self._known]
         if len(self._known) + len(fresh) > MASKS_KEPT:
             self._known = {}
@@ -122,15 +127,14 @@ class GrammarPrefixes:
                 self._known |= zip(some, self._computed(some, last), strict=True)
         return torch.stack([self._known[key] for key in keys])
 
-    def _key(self, state: GrammarRows, row: int) -> tuple[tuple[int, ...], bool, bool]:
+    def _key(self, ids: list[int], length: int, context: int) -> tuple[tuple[int, ...], bool, bool]:
         """What the mask of a row depends on: its tokens with text, whether its text has begun, whether one is left."""
-        length = int(state.lengths[row])
-        begun = not (self.differs and self.lm.begins_text[int(state.context[row])])
+        begun = not (self.differs and self.lm.begins_text[context])
         prefix = []
-        for token in state.ids[row, :length].tolist():
-            if not bool(self.mute[token]):
+        for token in ids[:length]:
+            if not self._is_mute[token]:
                 prefix.append(token if begun else token + self.lm.vocab_size)
-            begun = begun or not bool(self.silent[token])
+            begun = begun or not self._is_silent[token]
         return tuple(prefix), begun, length + 1 == self.horizon
 
     def _computed(self, keys: list[tuple[tuple[int, ...], bool, bool]], last: bool) -> Tensor:
@@ -140,12 +144,13 @@ class GrammarPrefixes:
         allowed, accepting = self.masks.allowed(prefixes)
         if last:
             allowed = self.masks.completing(prefixes)
-        here = torch.empty(len(keys), vocab, dtype=torch.bool)
-        for row, (_, begun, _) in enumerate(keys):
-            here[row] = allowed[row, :vocab] if begun or not self.differs else allowed[row, vocab:]
+        here = allowed[:, :vocab]
+        if self.differs:
+            begun = torch.tensor([one for _, one, _ in keys])
+            here = torch.where(begun[:, None], here, allowed[:, vocab:])
         may_stay = accepting if last else torch.ones_like(accepting)
         here = torch.where(self.ends, accepting[:, None], torch.where(self.mute, may_stay[:, None], here))
-        return torch.zeros(here.shape, dtype=self.lm.dtype).masked_fill_(~here, -torch.inf)
+        return torch.zeros(here.shape, dtype=MASK).masked_fill_(~here, -torch.inf)
 
 
 def _now(column: Tensor, lengths: Tensor) -> Tensor:

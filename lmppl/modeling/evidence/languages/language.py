@@ -174,14 +174,16 @@ class Combination(Language):
         parts = [part.bind(lm) for part in self.parts]
         bound = copy.copy(self)
         automaton = _joined(self.operation, [_over_tokens(part, lm) for part in parts])
-        if automaton is not None:
-            form: Incremental = automaton_form(automaton, lm)
-        elif self.operation == "not":
-            form = PrefixReader(lm, _no_verdict, self._verdict, lambda: repr(self.arguments))
-        else:
-            form = JointForm([part.incremental for part in parts if part.incremental is not None], self.operation)
+
+        def make() -> Incremental:
+            if automaton is not None:
+                return automaton_form(automaton, lm)
+            if self.operation == "not":
+                return PrefixReader(lm, _no_verdict, self._verdict, lambda: repr(self.arguments))
+            return JointForm([part.incremental for part in parts if part.incremental is not None], self.operation)
+
         object.__setattr__(bound, "automaton", automaton)
-        object.__setattr__(bound, "incremental", form)
+        object.__setattr__(bound, "incremental", self.forms.get(lm, make))
         return bound
 
     def _verdict(self, sequences: Sequences) -> Tensor:

@@ -1,0 +1,90 @@
+"""Laws of automata on texts that no LM need have drawn: random words, and words that are almost accepted."""
+
+from __future__ import annotations
+
+import torch
+
+from lmppl.modeling.evidence.automata import Automaton
+from lmppl.modeling.evidence.character_sets import CharacterSet, as_set
+from lmppl.modeling.factors import Factor
+from lmppl.modeling.user_functions import evaluate, evaluate_log_factor
+from lmppl.sequences import Sequences
+from lmppl.testing.reports import Report
+
+__all__ = ["check_automaton_on_texts", "random_texts"]
+
+LAW = "the automaton agrees with the predicate on random texts"
+
+
+def check_automaton_on_texts(report: Report, factor: Factor, rows: Sequences, num_texts: int, seed: int) -> None:
+    """φ = 1 where the automaton accepts, and 0 elsewhere, on words that are drawn from the automaton itself.
+
+    Needs functions of the completion's text alone, which can be given any text.
+    """
+    automaton = factor.automaton
+    assert automaton is not None
+    plain = all(f.on == "text" and not f.reads_prompts for f in factor.features)
+    if automaton.over != "characters" or not plain or len(rows) == 0:
+        report.skip(LAW, "its function reads more than the text")
+        return
+    texts = random_texts(automaton, num_texts, seed)
+    tried = rows.select([0] * len(texts))
+    tried.__dict__["text"] = texts
+    columns = {f.name: evaluate(f, tried, factor=factor.name) for f in factor.features}
+    allowed = evaluate_log_factor(factor, columns, tried) == 0
+    accepted = automaton.accepts_texts(texts)
+    bad = torch.nonzero(allowed.cpu() != accepted).squeeze(1).tolist()
+    shown = f"φ = {int(allowed[bad[0]])} for the text {texts[bad[0]]!r}" if bad else ""
+    verdict = f"it {'accepts' if bad and accepted[bad[0]] else 'rejects'} the text"
+    share = float(accepted.double().mean())
+    report.require(not bad, LAW, shown, verdict, f"on {len(texts)} texts, {share:.0%} of them accepted")
+
+
+def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length: int = 40) -> list[str]:
+    """Words for trying an automaton over characters: walks that end where it accepts, the same with an edit, and noise.
+
+    Parameters
+    ----------
+    automaton : Automaton
+    num_texts : int
+    seed : int
+    max_length : int
+        Where walks stop looking for an accepting state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    named = [as_set(s) for s in automaton.alphabet if not isinstance(s, int)]
+    sets = [*named, ~CharacterSet.of_ranges(r for one in named for r in one.ranges)]
+    columns = [i for i, one in enumerate(sets) if one]
+    live = automaton.live()
+
+    def number(below: int) -> int:
+        return int(torch.randint(below, (1,), generator=generator))
+
+    def character(column: int) -> str:
+        ranges = sets[column].ranges
+        low, high = ranges[number(min(len(ranges), 8))]  # the first ranges are the ones that people write
+        return chr(low + number(min(high - low + 1, 64)))
+
+    def walk() -> str:
+        state, word = automaton.start, ""
+        while len(word) < max_length:
+            if bool(automaton.accept[state]) and number(4) == 0:
+                break
+            on = [c for c in columns if bool(live[automaton.transitions[state, c]])]
+            if not on:
+                break
+            column = on[number(len(on))]
+            word += character(column)
+            state = int(automaton.transitions[state, column])
+        return word
+
+    texts = ["", str(automaton.shortest() or "")]
+    while len(texts) < num_texts:
+        word, kind = walk(), len(texts) % 3
+        if kind == 1 and word:
+            at = number(len(word))
+            word = word[:at] + character(columns[number(len(columns))]) * number(2) + word[at + 1 :]
+        elif kind == 2:
+            word = "".join(character(columns[number(len(columns))]) for _ in range(number(12)))
+        texts.append(word)
+    return texts[:num_texts]
