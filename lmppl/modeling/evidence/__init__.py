@@ -7,6 +7,7 @@ from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
+from lmppl.modeling.evidence.remote_judge import RemoteJudge
 from lmppl.modeling.evidence.reward import Optimality, Reward
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 
@@ -23,6 +24,7 @@ __all__ = [
     "Optimality",
     "PowerPrior",
     "Quantile",
+    "RemoteJudge",
     "Reward",
     "Robust",
     "SpreadGate",
