@@ -169,7 +169,11 @@ def _parts(value: Any, above: tuple[int, ...]) -> list[Any] | None:
 
 def _estimator(value: Any, above: tuple[int, ...]) -> list[tuple[str, str]]:
     """Of an object that was fitted: parameters and what was learned, trees and sparse matrices among it."""
-    return [(name, _contents(_learned(one), above)) for name, one in sorted(vars(value).items())]
+    return [
+        (name, _contents(_learned(one), above))
+        for name, one in sorted(getattr(value, "__dict__", {}).items())
+        if not (name.startswith("_") and name.endswith("_id"))  # vectorizers remember an address there
+    ]
 
 
 def _learned(value: Any) -> Any:

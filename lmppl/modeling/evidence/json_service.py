@@ -131,7 +131,7 @@ class JsonService:
 
     def _try(self, payload: bytes) -> Outcome:
         from urllib3 import Timeout
-        from urllib3.exceptions import HTTPError, SSLError, TimeoutError
+        from urllib3.exceptions import HTTPError, NewConnectionError, SSLError, TimeoutError
 
         late = Outcome(f"no whole answer within {self.timeout:g} s", may_pass=True)
         deadline = time.monotonic() + self.timeout
@@ -147,9 +147,9 @@ class JsonService:
                 preload_content=False,
             )
             body = _body(response, deadline)
-        except TimeoutError:
-            return late
         except HTTPError as error:
+            if isinstance(error, TimeoutError) and not isinstance(error, NewConnectionError):
+                return late
             described = f"no answer ({type(error).__name__}: {error})"
             return Outcome(described, may_pass=not isinstance(error, SSLError))
         if body is None:

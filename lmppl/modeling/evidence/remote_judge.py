@@ -153,7 +153,7 @@ class RemoteJudge:
 
     def __call__(self, texts: list[str]) -> list[Score]:
         start = time.perf_counter()
-        if not all(isinstance(text, str) for text in texts):
+        if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
             raise FactorError(f"judge {shown_url(self.url)}: reads texts, got {type(texts).__name__}; leave on= out")
         with self._lock:
             known = {text: self._memory[text] for text in texts if text in self._memory}
