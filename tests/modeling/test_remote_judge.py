@@ -379,7 +379,7 @@ def test_an_answer_that_drips_is_slow_too(server: Judge) -> None:
         ((200, {"scores": ["high", 1, 1, 1, 1]}, {}), "got 'high', expected a number, for the text 'a'"),
         ((200, {"scores": [1, 1, 1, None, 1]}, {}), "got 'None', expected a number, for the text ''"),
         ((200, {"scores": [1, 1, [2, "x"], 1, 1]}, {}), "got 'x', expected a number, for the text 'abc'"),
-        ((401, {"error": "who are you?"}, {}), "answered 401 after 1 try: '{\"error\": \"who are you?\"}'; it refuses"),
+        ((401, {"error": "who are you?"}, {}), 'answered 401 after 1 try: \'{"error": "who are you?"}\'; it refuses'),
         ((404, b"x" * 999, {}), f"answered 404 after 1 try: '{'x' * 200}...'; it refuses the request: see the url"),
         ((301, b"", {"Location": "http://elsewhere/"}), "answered 301 after 1 try; it has moved: give the url"),
     ],
@@ -589,9 +589,7 @@ def test_the_declaration_goes_through_data_and_back(server: Judge) -> None:
     again = model.graph.to_model(LM, functions)
     assert again.spec_hash == model.spec_hash
     rows = LM.enumerate_sequences(1).sequences
-    assert torch.equal(
-        lmppl.Target(again).log_prob_unnormalized(rows), lmppl.Target(model).log_prob_unnormalized(rows)
-    )
+    assert torch.equal(lmppl.Target(again).log_prob_unnormalized(rows), lmppl.Target(model).log_prob_unnormalized(rows))
 
 
 # Arguments.
