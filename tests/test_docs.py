@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-NEEDS = {"save_and_reload_draws.md": ("pandas", "pyarrow", "datasets")}
+NEEDS = {
+    "save_and_reload_draws.md": ("pandas", "pyarrow", "datasets"),
+    "use_your_reward_model.md": ("sklearn",),
+}
 FEW = 20  # draws per context in the runs of the README
 
 

@@ -131,7 +131,7 @@ def _check_signature(feature: Feature, kind: str) -> None:
         unknown = [name for name in needed if name not in ("prompts", "completions", "completion_ids")]
         if unknown:
             raise ModelError(
-                f"{kind}: {feature.name} needs {', '.join(unknown)} besides prompts, completions and completion_ids; "
+                f"{kind}: {feature.name} needs {', '.join(unknown)} besides prompts and completions; "
                 f"bind it: functools.partial({feature.name}, {unknown[0]}=...)"
             )
         if feature.on != "text":

@@ -6,8 +6,10 @@ Every judge here listens on this machine, on a free port, in a thread of the tes
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import signal
 import socket
 import threading
 import time
@@ -70,6 +72,7 @@ class Judge:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.handle_error = lambda *args: None  # type: ignore[method-assign]  # who asked may have gone
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
@@ -523,6 +526,24 @@ def test_repeated_texts_of_chains_cost_no_call() -> None:
     assert run.cost.factor_calls == judge.cost.texts == len(server.texts)
     assert run.cost.cache_hits > 1000
     assert run.cost.cache_hits + run.cost.factor_calls >= len(run.draws)
+
+
+def test_an_interrupt_does_not_wait_and_loses_nothing(server: Judge) -> None:
+    def interrupting(handler: Any, data: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+
+    server.replies = [None, interrupting]
+    judge = asking(server, batch_size=1, concurrency=2)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judge(["a", "b", "aa", "bb", "aaa", "bbb"])
+    assert time.monotonic() - start < 0.4
+    time.sleep(0.6)  # what was under way arrives meanwhile
+    asked = set(server.texts)
+    assert len(asked) < 6
+    judge(["a", "b", "aa", "bb", "aaa", "bbb"])
+    assert sorted(server.texts) == ["a", "aa", "aaa", "b", "bb", "bbb"], "each once in all"
 
 
 # Secrets, copies, hashes.
