@@ -11,6 +11,7 @@ import pickle
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import lmppl
+from lmppl.cli import app
 from lmppl.errors import FactorError, ModelError
 from lmppl.modeling.evidence.json_service import LONGEST_WAIT
 from lmppl.modeling.function_contents import content_digest
+from lmppl.testing import check_factor
 
 Reply = tuple[int, Any, dict[str, str]]  # status, body (bytes as they are, else JSON), headers
 
@@ -267,6 +271,10 @@ def test_a_posterior_by_a_judge_is_that_of_the_function(server: Judge) -> None:
     assert not torch.allclose(swapped.weights, local.weights)
 
 
+def test_the_laws_of_a_factor(server: Judge) -> None:
+    check_factor(lmppl.Reward(asking(server), 0.5, upper=3), LM)
+
+
 # What is tried again.
 
 
@@ -458,13 +466,13 @@ def test_one_failure_ends_the_tries_of_all(server: Judge) -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    [lmppl.Importance(), lmppl.SMC(8), lmppl.MCMC(num_chains=4, num_steps=4, warmup=2)],
+    [lmppl.Importance(), lmppl.SMC(8), lmppl.MCMC(num_chains=2, num_steps=4, warmup=2)],
     ids=lambda engine: engine.name,
 )
 def test_a_run_whose_judge_dies_goes_on_from_its_checkpoint(engine: lmppl.Engine, tmp_path: Path) -> None:
     """To the very draws of a run whose judge never died; what was whole is not judged again, in any process."""
     prior = lmppl.TabularLM.random(4, 5, seed=1)
-    num_draws = {"importance": 3000, "smc": 64, "mcmc": 512}[engine.name]
+    num_draws = {"importance": 3000, "smc": 64, "mcmc": 192}[engine.name]
 
     def run(url: str, **options: Any) -> Any:
         judge = lmppl.RemoteJudge(url, backoff=0.001, max_retries=1, batch_size=4, concurrency=1)
@@ -494,6 +502,26 @@ def test_a_run_whose_judge_dies_goes_on_from_its_checkpoint(engine: lmppl.Engine
         assert torch.equal(resumed.draws.ids, whole.draws.ids)
         assert torch.equal(resumed.draws.weights, whole.draws.weights)
         assert len(server.texts) - before < asked
+
+
+def test_the_command_line_says_how_to_go_on(server: Judge, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.py"
+    spec.write_text(
+        "import lmppl\n"
+        f"judge = lmppl.RemoteJudge({server.url!r}, batch_size=1000, concurrency=1)\n"
+        "model = lmppl.TabularLM.random(4, 5, seed=1) * lmppl.Reward(judge, 0.5)\n"
+    )
+    command = ["infer", str(spec), "-e", "smc(num_particles=8)", "-n", "64", "--checkpoint", str(tmp_path / "run")]
+    server.replies = [None, None, None, (404, {}, {})]
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+    failed = runner.invoke(app, command)
+    said = " ".join(failed.output.split())
+    assert failed.exit_code == 2
+    assert "factor 'judge': judge http://127.0.0.1" in said
+    assert re.search(r"its checkpoint holds \d whole shard\(s\); to go on, run the same call again", said)
+    sys.modules.pop("lmppl_spec", None)
+    assert runner.invoke(app, command).exit_code == 0
+    sys.modules.pop("lmppl_spec", None)
 
 
 def test_a_run_without_a_checkpoint_says_nothing_of_one(server: Judge) -> None:
@@ -622,6 +650,9 @@ def test_the_declaration_goes_through_data_and_back(server: Judge) -> None:
         ({"url": "localhost:8000"}, "got url='localhost:8000', expected one such as"),
         ({"url": "ftp://localhost"}, "expected one such as"),
         ({"url": "http://"}, "expected one such as"),
+        ({"url": "http://localhost:port/score"}, "expected one such as"),
+        ({"url": "http://[::1/score"}, "expected one such as"),
+        ({"url": f"ftp://me:{SECRET}@localhost"}, "the url holds a user's name or password"),
         ({"url": None}, "expected one such as"),
         ({"timeout": 0}, "got timeout=0"),
         ({"timeout": float("inf")}, "got timeout=inf"),
@@ -634,6 +665,8 @@ def test_the_declaration_goes_through_data_and_back(server: Judge) -> None:
         ({"request": {}}, "got request={}, expected a function"),
         ({"response": "scores"}, "got response='scores', expected a function"),
         ({"headers": [SECRET]}, "got headers of type list, expected a mapping"),
+        ({"headers": {"Authorization": SECRET + "\n"}}, "header 'Authorization' holds a line break or another"),
+        ({"headers": {"Authorization": SECRET + "é"}}, "header 'Authorization' holds a line break or another"),
         ({"headers": {"Authorization": None}}, "header 'Authorization' is a NoneType, expected a string"),
     ],
 )

@@ -29,6 +29,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import lmppl
 from lmppl.errors import FactorError, ModelError
 from lmppl.modeling.label_scores import BATCH_SIZE
+from lmppl.testing import check_factor
 from tests.lm.random_models import random_lm
 
 LM = lmppl.TabularLM.random(3, 3, context=["", "b"])
@@ -488,6 +489,14 @@ def test_the_declaration_of_a_fitted_classifier_goes_through_data() -> None:
         lmppl.Reward(fitted(LogisticRegression()), 0.5, label="neg"),
     ):
         assert (LM * other).spec_hash != model.spec_hash
+
+
+@pytest.mark.parametrize("kind", ["table", "llama", "mistral"])
+def test_the_laws_of_a_factor(kind: str) -> None:
+    """On language models with two contexts of different length, too."""
+    letters = make_pipeline(TfidfVectorizer(analyzer="char"), LogisticRegression())
+    letters.fit(["aab", "ab", "bbc", "cc"], ["x", "x", "y", "y"])
+    check_factor(lmppl.Optimality(letters, label="x", on="full"), LM if kind == "table" else random_lm(kind))
 
 
 # The TRL convention.

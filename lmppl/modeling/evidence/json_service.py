@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
 __all__ = ["Answer", "JsonService", "Stopped", "shown_url"]
+
+log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 300.0  # seconds between two tries
 SHOWN = 200  # characters of a body in errors
@@ -119,7 +122,9 @@ class JsonService:
                 raise FactorError(f"{described}; {_advice(outcome)}")
             if outcome.wait > LONGEST_WAIT:
                 raise FactorError(f"{described}; it asks to wait {outcome.wait:.0f} s: run again after that")
-            if stop.wait(max(outcome.wait, min(self.backoff * 2**attempt, LONGEST_WAIT))):
+            wait = max(outcome.wait, min(self.backoff * 2**attempt, LONGEST_WAIT))
+            log.info("%s; tried again in %.1f s", described, wait)
+            if stop.wait(wait):
                 raise Stopped
         raise AssertionError("the last try returns or raises")
 

@@ -255,11 +255,15 @@ def _number(value: Any, text: str, answer: Answer) -> float:
 
 
 def _check_url(url: Any) -> None:
-    parts = urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ModelError(f"RemoteJudge: got url={url!r}, expected one such as 'http://localhost:8000/score'")
-    if "@" in parts.netloc:
+    if isinstance(url, str) and "@" in url.partition("://")[2].partition("/")[0]:
         raise ModelError("RemoteJudge: the url holds a user's name or password; give them in headers=")
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number, or half an address
+        good = False
+    if not good:
+        raise ModelError(f"RemoteJudge: got url={url!r}, expected one such as 'http://localhost:8000/score'")
 
 
 def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
@@ -278,4 +282,9 @@ def _check_headers(headers: Any) -> None:
         if not (isinstance(name, str) and isinstance(value, str)):
             raise ModelError(
                 f"RemoteJudge: header {name!r} is a {type(value).__name__}, expected a string (is the variable set?)"
+            )
+        if not (value.isascii() and value.isprintable()):
+            raise ModelError(
+                f"RemoteJudge: header {name!r} holds a line break or another character that headers cannot have; "
+                "a key that was read from a file is stripped with key.strip()"
             )
