@@ -292,7 +292,7 @@ def test_waits_double(server: Judge) -> None:
     asking(server, max_retries=3, backoff=0.05)(["a"])
     waits = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
     for wait, expected in zip(waits, (0.05, 0.1, 0.2), strict=True):
-        assert expected <= wait < expected + 0.15
+        assert expected <= wait < expected + 1.0
 
 
 @pytest.mark.parametrize("header", ["1", "date", "nonsense"])
@@ -301,7 +301,7 @@ def test_retry_after_is_obeyed(header: str, server: Judge) -> None:
     server.replies = [(429, {}, {"Retry-After": value})]
     assert asking(server)(["a"]) == [1.0]
     waited = server.times[1] - server.times[0]
-    assert waited < 0.2 if header == "nonsense" else 0.4 < waited < 2.0
+    assert waited < 0.4 if header == "nonsense" else 0.4 < waited < 5.0
 
 
 def test_a_judge_that_asks_to_wait_too_long_is_an_error(server: Judge) -> None:
@@ -310,12 +310,12 @@ def test_a_judge_that_asks_to_wait_too_long_is_an_error(server: Judge) -> None:
 
 
 def test_requests_are_under_way_together(server: Judge) -> None:
-    server.delay = 0.1
+    server.delay = 0.2
     judge = asking(server, batch_size=1, concurrency=4)
     start = time.monotonic()
     judge([str(i) for i in range(8)])
     assert server.most == 4
-    assert time.monotonic() - start < 0.6, "one after the other they take 0.8 s"
+    assert time.monotonic() - start < 1.4, "one after the other they take 1.6 s"
     alone = asking(server, batch_size=1, concurrency=1)
     server.most = 0
     alone(["x", "y"])
@@ -346,11 +346,11 @@ def test_down() -> None:
 
 
 def test_slow(server: Judge) -> None:
-    server.delay = 0.3
+    server.delay = 2.0
     judge = asking(server, timeout=0.05, max_retries=1)
     start = time.monotonic()
     assert "no whole answer within 0.05 s after 2 tries; see that it runs, or raise timeout=" in failure(judge)
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 1.5
     assert judge.cost.requests == 2
 
 
@@ -360,7 +360,7 @@ def test_an_answer_that_drips_is_slow_too(server: Judge) -> None:
         handler.send_header("Content-Length", "1000")
         handler.end_headers()
         try:
-            for _ in range(20):
+            for _ in range(60):
                 handler.wfile.write(b" ")
                 handler.wfile.flush()
                 time.sleep(0.03)
@@ -371,7 +371,7 @@ def test_an_answer_that_drips_is_slow_too(server: Judge) -> None:
     server.replies = [drip]
     start = time.monotonic()
     assert "no whole answer within 0.1 s after 1 try" in failure(asking(server, timeout=0.1, max_retries=0))
-    assert time.monotonic() - start < 0.4
+    assert time.monotonic() - start < 1.5
 
 
 @pytest.mark.parametrize(
@@ -559,15 +559,15 @@ def test_repeated_texts_of_chains_cost_no_call() -> None:
 def test_an_interrupt_does_not_wait_and_loses_nothing(server: Judge) -> None:
     def interrupting(handler: Any, data: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(0.8)
 
     server.replies = [None, interrupting]
     judge = asking(server, batch_size=1, concurrency=2)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         judge(["a", "b", "aa", "bb", "aaa", "bbb"])
-    assert time.monotonic() - start < 0.4
-    time.sleep(0.6)  # what was under way arrives meanwhile
+    assert time.monotonic() - start < 0.7
+    time.sleep(0.9)  # what was under way arrives meanwhile
     asked = set(server.texts)
     assert len(asked) < 6
     judge(["a", "b", "aa", "bb", "aaa", "bbb"])
