@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-NEEDS = {"save_and_reload_draws.md": ("pandas", "pyarrow", "datasets")}
+NEEDS = {
+    "save_and_reload_draws.md": ("pandas", "pyarrow", "datasets"),
+    "use_your_reward_model.md": ("sklearn",),
+}
 FEW = 20  # draws per context in the runs of the README
 
 
@@ -118,7 +121,7 @@ def test_blocks_run_and_print_what_the_page_says(
     page: Path, page_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in NEEDS.get(page.name, ()):
-        pytest.importorskip(module, reason=f"{page.name} needs {module}: pip install 'lmppl[data]'")
+        pytest.importorskip(module, reason=f"{page.name} needs {module}: pip install 'lmppl[data,dev]'")
     if page == README:
         monkeypatch.setattr(lmppl, "compare", functools.partial(lmppl.compare, num_draws=FEW))
     namespace, printed = namespace_of(page), ""

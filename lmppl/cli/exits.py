@@ -72,7 +72,8 @@ def exit_codes() -> Iterator[None]:
             say("interrupted", "nothing was finished, nothing is kept")
             raise typer.Exit(INTERRUPTED) from None
         except LmpplError as error:
-            say("interrupted" if isinstance(error, InterruptedRun) else "error", str(error))
+            what = "; ".join([str(error), *getattr(error, "__notes__", [])])
+            say("interrupted" if isinstance(error, InterruptedRun) else "error", what)
             raise typer.Exit(exit_code(error)) from None
         except Exception as error:
             place = _users_place(error)

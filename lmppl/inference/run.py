@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmppl.errors import InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
+from lmppl.errors import FactorError, InfeasibleModel, InterruptedRun, ModelError, UnsupportedModel
 from lmppl.inference.engine import Budget, Engine, Part, Request, Shard
 from lmppl.inference.progress import progress_bar
 from lmppl.modeling.feasibility import refuse_infeasible
@@ -81,6 +81,8 @@ def infer(
         Where the run was stopped before its first shard was whole.
     StorageError
         Where the checkpoint is of another run, or cannot be written.
+    FactorError
+        Where a function of the model fails, a judge that is down among them; a note says what the checkpoint holds.
     """
     if not (progress is None or isinstance(progress, bool)):
         raise ModelError(f"progress: got {progress!r}, expected True, False or None")
@@ -96,6 +98,10 @@ def infer(
                 bar.parts(run.done)
                 if on_part is not None:
                     on_part(part)
+        except FactorError as error:
+            if run.checkpoint is not None:
+                error.add_note(run.kept)
+            raise
         except KeyboardInterrupt:
             interrupted, run.complete = True, False
             if not run.done:

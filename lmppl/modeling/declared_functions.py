@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from lmppl.errors import ModelError
 from lmppl.modeling.factors import Feature, FeatureInput
 from lmppl.modeling.function_contents import code_digest
+from lmppl.modeling.label_scores import FittedScore, Label, LabelScore, fitted_score, label_score
 
 __all__ = ["LabelScore", "function_name", "qualified_name", "to_feature"]
 
 
 def function_name(fn: Callable[..., Any]) -> str | None:
     """How `fn` calls itself; None for a lambda."""
-    if isinstance(fn, LabelScore):
-        return fn.label
+    if isinstance(fn, LabelScore | FittedScore):
+        return str(fn.label)
     if isinstance(fn, functools.partial):
         return function_name(fn.func)
     name = getattr(fn, "__name__", None) or type(fn).__name__
@@ -33,7 +33,9 @@ def qualified_name(fn: Callable[..., Any]) -> str:
     that such a function closes over are not in it: see `content_digest`.
     """
     if isinstance(fn, LabelScore):
-        return f"{qualified_name(fn.pipeline)}[{fn.label}]"
+        return f"{'log ' if fn.is_log_prob else ''}{qualified_name(fn.pipeline)}[{fn.label}]"
+    if isinstance(fn, FittedScore):
+        return f"log {qualified_name(fn.classifier)}[{fn.label}]"
     if isinstance(fn, functools.partial):
         bound = [*map(repr, fn.args), *(f"{name}={value!r}" for name, value in sorted(fn.keywords.items()))]
         without_addresses = re.sub(r" at 0x[0-9a-fA-F]+", "", ", ".join(bound))
@@ -44,34 +46,6 @@ def qualified_name(fn: Callable[..., Any]) -> str:
     return f"{name}@{code_digest(code)}" if code is not None and "<" in name else name
 
 
-@dataclass(frozen=True)
-class LabelScore:
-    """The score of one label, from a `transformers` text-classification pipeline.
-
-    Parameters
-    ----------
-    pipeline : callable
-        list of texts → for each a dict {"label", "score"}, or a list of them.
-    label : str
-        The label whose score is wanted.
-    """
-
-    pipeline: Callable[..., Any]
-    label: str
-
-    def __call__(self, texts: list[str]) -> list[float]:
-        # A pipeline reports its best label only, unless it is asked for all of them.
-        asked = {"top_k": None} if hasattr(self.pipeline, "task") else {}
-        results = self.pipeline(texts, **asked)
-        return [self._score(item) for item in results]
-
-    def _score(self, item: Any) -> float:
-        scores = {one["label"]: float(one["score"]) for one in ([item] if isinstance(item, Mapping) else item)}
-        if self.label not in scores:
-            raise ModelError(f"label {self.label!r} is not among the labels that came back: {sorted(scores)}")
-        return scores[self.label]
-
-
 def to_feature(
     fn: Callable[..., Any] | Feature,
     *,
@@ -80,22 +54,25 @@ def to_feature(
     on: FeatureInput = "text",
     stochastic: bool = False,
     fingerprint: str | None = None,
-    label: str | None = None,
+    label: Label | None = None,
+    log_prob: bool = False,
 ) -> Feature:
     """The feature of a function; a `Feature` is passed through.
 
     Parameters
     ----------
     fn : callable or Feature
-        See `Feature.fn`.
+        See `Feature.fn`. A fitted classifier with `predict_log_proba` or `predict_proba` becomes log p(label|x).
     kind : str
         The declaration that asks ("Reward"), for messages.
     name : str, optional
         What a lambda is called; by default "reward" for a `Reward`.
     on, stochastic, fingerprint
         As in `Feature`.
-    label : str, optional
-        For a text-classification pipeline: the label whose score is meant.
+    label : str or int, optional
+        For a text-classification pipeline or a fitted classifier: the label that is meant.
+    log_prob : bool
+        Of a pipeline: the log of the score.
 
     Raises
     ------
@@ -106,6 +83,9 @@ def to_feature(
         if (on, stochastic, fingerprint, label) != ("text", False, None, None):
             raise ModelError(f"{kind}: got a Feature together with its options; set them in the Feature")
         return fn
+    fitted = fitted_score(fn, label, kind)
+    if fitted is not None:
+        fn, label = fitted, None
     if not callable(fn):
         raise ModelError(f"{kind}: got {type(fn).__name__}, expected a function of a list of texts")
     if hasattr(fn, "config") and hasattr(fn, "forward"):
@@ -118,7 +98,12 @@ def to_feature(
     if on not in ("text", "full", "ids", "hidden", "log_prior"):
         raise ModelError(f"{kind}: got on={on!r}, expected 'text', 'full', 'ids', 'hidden' or 'log_prior'")
     if label is not None:
-        fn = LabelScore(fn, label)
+        fn = label_score(fn, label, log_prob, kind)
+    if stochastic and getattr(fn, "remembers", False) is True:
+        raise ModelError(
+            f"{kind}: got stochastic=True with a {type(fn).__name__} that remembers its answers, so that no sample is "
+            "fresh; make it with remember=False"
+        )
     feature = Feature(function_name(fn) or name or kind.lower(), fn, on, stochastic, fingerprint)
     _check_signature(feature, kind)
     try:
@@ -132,6 +117,11 @@ def to_feature(
 
 
 def _check_signature(feature: Feature, kind: str) -> None:
+    if inspect.iscoroutinefunction(feature.fn) or inspect.iscoroutinefunction(type(feature.fn).__call__):
+        raise ModelError(
+            f"{kind}: {feature.name} is an async function, expected one that returns its values; wrap it: "
+            f"lambda texts: asyncio.run({feature.name}(texts))"
+        )
     if feature.reads_prompts:
         needed = [
             p.name

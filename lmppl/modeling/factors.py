@@ -64,12 +64,20 @@ class Feature:
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether `fn` follows the Hugging Face convention `fn(prompts, completions, **kwargs)`."""
+        """Whether `fn` follows the Hugging Face convention `fn(prompts, completions, completion_ids, **kwargs)`.
+
+        It may name a part of these: `completions` beside another one or `**kwargs`, `prompts` beside `**kwargs`, or
+        `**kwargs` alone. A function of `completions` alone is a function of a list of texts.
+        """
         try:
-            names = list(inspect.signature(self.fn).parameters)
+            parameters = list(inspect.signature(self.fn).parameters.values())
         except (TypeError, ValueError):  # builtins have no signature
             return False
-        return "prompts" in names and "completions" in names
+        names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if takes_any and (len(parameters) == 1 or "prompts" in names):
+            return True
+        return "completions" in names and (takes_any or bool(names & {"prompts", "completion_ids"}))
 
     @property
     def identity(self) -> tuple[Any, ...]:

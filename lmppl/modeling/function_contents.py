@@ -31,8 +31,10 @@ def content_digest(fn: Callable[..., Any]) -> str:
     Seen are compiled code, defaults, bound arguments, and the values that a function closes over: numbers, strings,
     regular expressions, enums, containers and dataclasses of those, arrays and tensors by their bytes, networks by
     their weights, language models by their fingerprints, functions by their own content. Of a callable object, and of
-    the object of a bound method: the code and constants of its class, and its attributes. Of any other object only the
-    type is seen; of global names, called functions among them, only the name.
+    the object of a bound method: the code and constants of its class, and its attributes. Of an object with a
+    `fingerprint` that string stands for all this; of an estimator of the scikit-learn kind its attributes count, and of
+    an object around a network, such as a pipeline, the weights. Of any other object only the type is seen; of global
+    names, called functions among them, only the name.
     """
     return hashlib.sha256(_called(fn, ()).encode()).hexdigest()[:16]
 
@@ -65,6 +67,8 @@ def _called(fn: Any, above: tuple[int, ...]) -> str:
 
 
 def _state(obj: Any, above: tuple[int, ...]) -> str:
+    if isinstance(getattr(obj, "fingerprint", None), str):
+        return f"{_type_name(obj)} {obj.fingerprint}"
     above = (*above, id(obj))
     members: list[tuple[str, str]] = []
     unseen: set[str] = set()
@@ -110,10 +114,13 @@ def _contents(value: Any, above: tuple[int, ...]) -> str:
         return repr(("partial", _called(value.func, inner), bound))
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
-    if isinstance(value, LanguageModel):
+    if isinstance(value, LanguageModel) or isinstance(getattr(value, "fingerprint", None), str):
         return f"{_type_name(value)} {value.fingerprint}"
-    if isinstance(value, nn.Module):
-        return f"{_type_name(value)} {hash_weights(value)}"
+    network = getattr(value, "model", None) if not isinstance(value, nn.Module) else value
+    if isinstance(network, nn.Module):
+        return f"{_type_name(value)} {hash_weights(network)}"
+    if hasattr(value, "get_params"):
+        return repr((_type_name(value), _estimator(value, inner)))
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return repr((_type_name(value), _array(value, inner)))
     return repr((_type_name(value), _parts(value, inner)))
@@ -158,6 +165,25 @@ def _parts(value: Any, above: tuple[int, ...]) -> list[Any] | None:
     if dataclasses.is_dataclass(value):
         return [(field.name, _contents(getattr(value, field.name, None), above)) for field in dataclasses.fields(value)]
     return None
+
+
+def _estimator(value: Any, above: tuple[int, ...]) -> list[tuple[str, str]]:
+    """Of an object that was fitted: parameters and what was learned, trees and sparse matrices among it."""
+    return [
+        (name, _contents(_learned(one), above))
+        for name, one in sorted(getattr(value, "__dict__", {}).items())
+        if not (name.startswith("_") and name.endswith("_id"))  # vectorizers remember an address there
+    ]
+
+
+def _learned(value: Any) -> Any:
+    """Arrays in place of a compiled object that holds them."""
+    if hasattr(value, "tocoo"):
+        triples = value.tocoo()
+        return (triples.row, triples.col, triples.data, triples.shape)
+    has_own_state = getattr(type(value), "__getstate__", None) is not vars(object)["__getstate__"]
+    plain = isinstance(value, Tensor | np.ndarray | np.generic | nn.Module) or hasattr(value, "get_params")
+    return value.__getstate__() if has_own_state and not plain else value
 
 
 def _type_name(value: Any) -> str:

@@ -99,7 +99,8 @@ class Model:
         """A content hash of the declaration: prior (weights, contexts, options), factors, and their functions.
 
         Of a function its code counts, with its defaults, bound arguments and the plain values, arrays, networks and
-        functions that it closes over; of a callable object also its attributes. Not seen are global variables, the
+        functions that it closes over; of a callable object also its attributes; of pipelines, fitted classifiers and
+        judges over HTTP the weights, what was learned, and the address. Not seen are global variables, the
         bodies of functions that it calls by a global name, and the insides of other objects: `Feature.fingerprint`
         tells those apart, and stands in place of the function's content where it is given. A function that changes
         such values while it runs changes its hash. Compiled code differs between versions of Python. Source of what is

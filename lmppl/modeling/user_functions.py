@@ -183,9 +183,7 @@ class _Call:
     def _blame(self, original: Exception) -> NoReturn:
         """Find the text that the function cannot read, and raise with it."""
         head, count = self.batch.head, self.batch.size
-        hint = ""
-        if isinstance(original, AttributeError | TypeError) and "list" in str(original) and self.feature.on != "ids":
-            hint = "; the function gets a list of texts and returns one number for each"
+        hint = self._hint(original)
         for row in range(count):
             one = None if self.given is None else tuple(value[row : row + 1] for value in self.given)
             arguments = self._arguments(self.sequences.select([row]), one)
@@ -201,3 +199,14 @@ class _Call:
             f"{head} raised {_described(original)} on a batch of {count} texts but on none of them alone; "
             f"the first is {self.batch.text(0)}"
         ) from original
+
+    def _hint(self, original: Exception) -> str:
+        said = str(original)
+        if isinstance(original, TypeError) and self.feature.reads_prompts and "indices must be integers" in said:
+            return (
+                "; prompts and completions are strings here, chat turns as the template writes them: a function of "
+                'messages needs [[{"role": "assistant", "content": c}] for c in completions]'
+            )
+        if isinstance(original, AttributeError | TypeError) and "list" in said and self.feature.on != "ids":
+            return "; the function gets a list of texts and returns one number for each"
+        return ""

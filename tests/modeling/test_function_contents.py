@@ -7,15 +7,24 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import SVC
+from sklearn.tree import DecisionTreeClassifier
 
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.declared_functions import LabelScore
+from lmppl.modeling.evidence import RemoteJudge
 from lmppl.modeling.function_contents import content_digest
+from lmppl.modeling.label_scores import fitted_score
 
 
 class Tone(enum.Enum):
@@ -93,6 +102,33 @@ def recursive(depth):
     return score
 
 
+def fitted(classifier, weight=1.0):
+    """A classifier of texts, fitted; the first text has a weight."""
+    texts = ["good film", "bad film", "a very good play", "a dull play"]
+    pipeline = make_pipeline(TfidfVectorizer(), classifier)
+    name = pipeline.steps[-1][0]
+    return pipeline.fit(texts, ["pos", "neg", "pos", "neg"], **{f"{name}__sample_weight": [weight, 1, 1, 1]})
+
+
+def score_of(classifier, label="pos"):
+    return fitted_score(classifier, label, "Reward")
+
+
+def linear(weight=1.0):
+    return fitted(LogisticRegression(), weight)
+
+
+class Around:
+    """An object around a network, as a pipeline is."""
+
+    def __init__(self, weight):
+        self.model, self.calls = Net(weight), 0
+
+    def __call__(self, texts):
+        self.calls += 1
+        return [{"label": "good", "score": 0.5}] * len(texts)
+
+
 SOURCE = "def score(texts):\n    return [{} for t in texts]"
 
 PAIRS = {
@@ -126,6 +162,18 @@ PAIRS = {
     "bound method": [lambda v=v: Scorer(v).score for v in (1, 2)],
     "called network": [lambda v=v: Net(v) for v in (1.0, 2.0)],
     "label": [lambda v=v: LabelScore(scaled, v) for v in ("good", "bad")],
+    "fingerprint": [lambda v=v: closing_over(types.SimpleNamespace(fingerprint=v)) for v in ("a", "b")],
+    "judge": [lambda v=v: RemoteJudge(v) for v in ("http://a/", "http://b/")],
+    "judge that is used": [lambda v=v: closing_over(RemoteJudge(v)) for v in ("http://a/", "http://b/")],
+    "adapter of a judge": [lambda v=v: RemoteJudge("http://a/", response=closing_over(v)) for v in (1, 2)],
+    "pipeline": [lambda v=v: LabelScore(Around(v), "good") for v in (1.0, 2.0)],
+    "log of a score": [lambda v=v: LabelScore(scaled, "good", v) for v in (False, True)],
+    "linear classifier": [lambda v=v: score_of(linear(v)) for v in (1.0, 2.0)],
+    "its column": [lambda v=v: score_of(linear(), v) for v in ("pos", "neg")],
+    "its method": [lambda v=v: linear(v).decision_function for v in (1.0, 2.0)],
+    "tree": [lambda v=v: score_of(fitted(DecisionTreeClassifier(random_state=0), v)) for v in (1.0, 2.0)],
+    "forest": [lambda v=v: score_of(fitted(RandomForestClassifier(3, random_state=0), v)) for v in (1.0, 2.0)],
+    "support vectors": [lambda v=v: fitted(SVC(), v).decision_function for v in (1.0, 4.0)],
     "wrapped": [lambda v=v: functools.lru_cache(closing_over(v)) for v in (1, 2)],
 }
 
@@ -141,6 +189,14 @@ def test_what_is_not_seen():
     one, other = (written(f"SIZE = {v}\ndef score(texts):\n    return SIZE") for v in (1, 2))
     assert content_digest(one) == content_digest(other), "global variables"
     assert content_digest(closing_over(Scorer(1))) == content_digest(closing_over(Scorer(2))), "insides of objects"
+
+
+def test_a_pipeline_that_has_run_is_the_same():
+    score = LabelScore(Around(1.0), "good")
+    before = content_digest(score)
+    assert score(["a"]) == [0.5]
+    assert score.pipeline.calls == 1
+    assert content_digest(score) == before
 
 
 def test_what_is_remembered_on_the_way_changes_nothing():

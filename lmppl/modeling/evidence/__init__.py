@@ -19,6 +19,7 @@ from lmppl.modeling.evidence.languages import (
 )
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
+from lmppl.modeling.evidence.remote_judge import RemoteJudge
 from lmppl.modeling.evidence.reward import Optimality, Reward
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 
@@ -45,6 +46,7 @@ __all__ = [
     "PowerPrior",
     "Quantile",
     "Regex",
+    "RemoteJudge",
     "Reward",
     "Robust",
     "SpreadGate",

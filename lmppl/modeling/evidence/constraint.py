@@ -18,6 +18,7 @@ from lmppl.modeling.evidence.prefix_reader import LogFactor
 from lmppl.modeling.evidence.prefixes import FormShelf, automaton_form, prefix_closed_form
 from lmppl.modeling.evidence.reward import applied, single_column
 from lmppl.modeling.factors import Factor, Feature, FeatureInput, Incremental
+from lmppl.modeling.label_scores import Label
 from lmppl.modeling.user_functions import RowError
 
 __all__ = ["Constraint"]
@@ -42,8 +43,9 @@ class Constraint(Factor):
         What `predicate` reads: see `Feature`. For an automaton it follows from what the automaton reads.
     automaton : Automaton, optional
         Accepts exactly what `predicate` (with `where`) allows.
-    label : str, optional
-        For a text-classification pipeline with `where`: the label whose score is meant.
+    label : str or int, optional
+        With `where`: the label whose score a text-classification pipeline gives, or whose log-probability a fitted
+        classifier gives.
     prefix_closed : bool
         A text that violates b cannot be mended by what follows: b(xy) implies b(x), as for "no banned word" or "ASCII
         only". Engines that go token by token then ask about prefixes; `predicate` must allow the empty text.
@@ -73,7 +75,7 @@ class Constraint(Factor):
         name: str | None = None,
         on: FeatureInput = "text",
         automaton: Automaton | None = None,
-        label: str | None = None,
+        label: Label | None = None,
         prefix_closed: bool = False,
     ) -> None:
         if isinstance(predicate, Automaton):

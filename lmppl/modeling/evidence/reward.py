@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lmppl.errors import ModelError, ShapeError
 from lmppl.modeling.declared_functions import to_feature
-from lmppl.modeling.evidence.classifier import SequenceClassifier
+from lmppl.modeling.evidence.sequence_classifier import SequenceClassifier
 from lmppl.modeling.factors import Factor, Feature, FeatureInput
+from lmppl.modeling.label_scores import Label, is_log_probability
 from lmppl.modeling.user_functions import RowError
 
 __all__ = ["Optimality", "Reward"]
@@ -30,7 +31,7 @@ class Reward(Factor):
     ----------
     fn : callable or Feature
         The reward r, in its own units: see `Feature.fn`. A `transformers` text-classification pipeline needs
-        `label`.
+        `label`, and so does a fitted classifier of texts with `predict_log_proba`, as scikit-learn has them.
     beta : float
         β > 0, in the units of r.
     name : str, optional
@@ -44,8 +45,11 @@ class Reward(Factor):
         Values differ from call to call: never cached.
     fingerprint : str, optional
         Names the function's content, for the spec hash: another fingerprint is another declaration.
-    label : str, optional
-        For a text-classification pipeline: the label whose score is the reward.
+    label : str or int, optional
+        For a text-classification pipeline: the label whose score is the reward. For a fitted classifier: the class
+        whose log-probability is, in nats, which 0 bounds.
+    log_prob : bool
+        For a pipeline: the log of the score, in nats, which 0 bounds.
 
     Raises
     ------
@@ -74,12 +78,24 @@ class Reward(Factor):
         on: FeatureInput = "text",
         stochastic: bool = False,
         fingerprint: str | None = None,
-        label: str | None = None,
+        label: Label | None = None,
+        log_prob: bool = False,
     ) -> None:
+        if log_prob and label is None:
+            raise ModelError("Reward: got log_prob=True without label=; it is the log of a pipeline's score of a label")
         feature = to_feature(
-            fn, kind="Reward", name=name, on=on, stochastic=stochastic, fingerprint=fingerprint, label=label
+            fn,
+            kind="Reward",
+            name=name,
+            on=on,
+            stochastic=stochastic,
+            fingerprint=fingerprint,
+            label=label,
+            log_prob=log_prob,
         )
         beta, upper = _number("beta", beta), _number("upper", upper)
+        if is_log_probability(feature.fn):
+            upper = min(upper, 0.0)
         if not 0 < beta < inf:
             raise ModelError(f"Reward: got beta={beta:g}, expected a positive number: log φ(x) = r(x)/β")
         if upper == -inf:
@@ -138,6 +154,7 @@ class Reward(Factor):
         on: FeatureInput = "text",
         batch_size: int = 32,
         max_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         fingerprint: str | None = None,
     ) -> Self:
@@ -160,26 +177,32 @@ class Reward(Factor):
         log_prob : bool
             Of a single output: log σ(logit) in place of the logit.
         batch_size : int
-            Texts in one forward.
+            Texts in one forward. A row's value does not depend on its companions, but for rounding.
         max_length : int, optional
             Cut texts to this many tokens; by default a text that is too long for the model is an error.
+        dtype : torch.dtype or str, optional
+            Of the weights of a model that is loaded here: by default float32 on the CPU, as stored elsewhere.
         device : str or torch.device, optional
             Where a model that is loaded here runs; by default the CPU.
 
         Raises
         ------
         ModelError
-            Where the model has no such label, no padding token, is in training mode, or is no classifier.
+            Where the model has no such label, no padding token or another one than its tokenizer, is in training mode,
+            or is no classifier.
         """
         if isinstance(model, str):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             tokenizer = model if tokenizer is None else tokenizer
             name = name or model.rstrip("/").rsplit("/", 1)[-1]
-            model = AutoModelForSequenceClassification.from_pretrained(model).to(device or "cpu").eval()
-        elif device is not None:
+            place = torch.device(device or "cpu")
+            weights = _weights(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+            model = AutoModelForSequenceClassification.from_pretrained(model, dtype=weights).to(place).eval()
+        elif (dtype, device) != (None, None):
             raise ModelError(
-                "Reward.from_pretrained: got device= with a loaded model; move it yourself: model.to(device)"
+                "Reward.from_pretrained: got dtype= or device= with a loaded model; move it yourself: "
+                "model.to(device, dtype)"
             )
         if isinstance(tokenizer, str):
             from transformers import AutoTokenizer
@@ -200,9 +223,12 @@ class Optimality(Factor):
     Parameters
     ----------
     fn : callable or Feature
-        log p(O=1|x) for each text, in nats: see `Feature.fn`.
+        log p(O=1|x) for each text, in nats: see `Feature.fn`. Of a `transformers` text-classification pipeline the log
+        of the score of `label`, and of a fitted classifier of texts log p(label|x).
     name, on, stochastic, fingerprint
         As in `Reward`.
+    label : str or int, optional
+        For a pipeline or a fitted classifier: O=1 is that the text has this label.
 
     Raises
     ------
@@ -223,8 +249,18 @@ class Optimality(Factor):
         on: FeatureInput = "text",
         stochastic: bool = False,
         fingerprint: str | None = None,
+        label: Label | None = None,
     ) -> None:
-        feature = to_feature(fn, kind="Optimality", name=name, on=on, stochastic=stochastic, fingerprint=fingerprint)
+        feature = to_feature(
+            fn,
+            kind="Optimality",
+            name=name,
+            on=on,
+            stochastic=stochastic,
+            fingerprint=fingerprint,
+            label=label,
+            log_prob=True,
+        )
 
         def log_factor(columns: dict[str, Tensor]) -> Tensor:
             value = single_column(columns)
@@ -274,6 +310,13 @@ def _refuse_above(values: Tensor, upper: float, before: str, after: str) -> None
     if len(above):
         row = int(above[0, 0])
         raise RowError(row, before.format(value=float(values[row])), after)
+
+
+def _weights(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ModelError(f"Reward.from_pretrained: got dtype={dtype!r}, expected float32, bfloat16, float16 or float64")
+    return found
 
 
 def _number(what: str, value: Any) -> float:

@@ -27,7 +27,7 @@ class SequenceClassifier:
     log_prob : bool
         See above.
     batch_size : int
-        Texts in one forward; texts of similar length go together.
+        Texts in one forward; texts of similar length go together, padded on the right.
     max_length : int, optional
         Cut texts to this many tokens; if None, a text that is too long is an error.
 
@@ -56,13 +56,10 @@ class SequenceClassifier:
             raise ModelError("Reward.from_pretrained: a loaded model needs its tokenizer=")
         if getattr(model, "training", False):
             raise ModelError("Reward.from_pretrained: the model is in training mode (dropout is on); call model.eval()")
-        if tokenizer.pad_token_id is None or (batch_size > 1 and config.pad_token_id is None):
-            raise ModelError(
-                "Reward.from_pretrained: no padding token; load model and tokenizer yourself and set "
-                "tokenizer.pad_token and model.config.pad_token_id"
-            )
-        if batch_size < 1:
-            raise ModelError(f"Reward.from_pretrained: got batch_size={batch_size}, expected at least 1")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ModelError(f"Reward.from_pretrained: got batch_size={batch_size!r}, expected at least 1")
+        if batch_size > 1:
+            _check_padding(config, tokenizer)
         self.model, self.tokenizer, self.label = model, tokenizer, label
         self.batch_size, self.max_length = batch_size, max_length
         self.column = _column_of(config, label)
@@ -86,7 +83,8 @@ class SequenceClassifier:
     @torch.no_grad()
     def _forward(self, texts: list[str]) -> Tensor:
         options = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", **options)
+        # On the right, whatever side the tokenizer prefers: positions of a row then do not depend on its companions.
+        batch = self.tokenizer(texts, padding=len(texts) > 1, padding_side="right", return_tensors="pt", **options)
         lengths = batch["attention_mask"].sum(-1)
         if int(lengths.min()) == 0:
             raise ModelError(
@@ -105,6 +103,21 @@ class SequenceClassifier:
         else:
             column = torch.log_softmax(logits, -1)[:, self.column]
         return column
+
+
+def _check_padding(config: Any, tokenizer: Any) -> None:
+    """A model that reads its last token finds it by its own pad id, which must be what rows are padded with."""
+    of_model = getattr(getattr(config, "get_text_config", lambda: config)(), "pad_token_id", None)
+    if tokenizer.pad_token_id is None or of_model is None:
+        raise ModelError(
+            "Reward.from_pretrained: no padding token; load model and tokenizer yourself and set "
+            "tokenizer.pad_token and model.config.pad_token_id, or read texts one by one with batch_size=1"
+        )
+    if tokenizer.pad_token_id != of_model:
+        raise ModelError(
+            f"Reward.from_pretrained: the tokenizer pads with {tokenizer.pad_token_id}, but "
+            f"model.config.pad_token_id={of_model}; set them equal, or read texts one by one with batch_size=1"
+        )
 
 
 def _column_of(config: Any, label: str | None) -> int:
