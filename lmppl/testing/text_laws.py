@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from lmppl.modeling.evidence.automata import Automaton
@@ -51,40 +53,37 @@ def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length:
     max_length : int
         Where walks stop looking for an accepting state.
     """
-    generator = torch.Generator().manual_seed(seed)
+    source = random.Random(seed)
     named = [as_set(s) for s in automaton.alphabet if not isinstance(s, int)]
     sets = [*named, ~CharacterSet.of_ranges(r for one in named for r in one.ranges)]
     columns = [i for i, one in enumerate(sets) if one]
-    live = automaton.live()
-
-    def number(below: int) -> int:
-        return int(torch.randint(below, (1,), generator=generator))
+    live, accept, moves = automaton.live().tolist(), automaton.accept.tolist(), automaton.transitions.tolist()
 
     def character(column: int) -> str:
         ranges = sets[column].ranges
-        low, high = ranges[number(min(len(ranges), 8))]  # the first ranges are the ones that people write
-        return chr(low + number(min(high - low + 1, 64)))
+        low, high = ranges[source.randrange(min(len(ranges), 8))]  # the first ranges are the ones that people write
+        return chr(low + source.randrange(min(high - low + 1, 64)))
 
     def walk() -> str:
         state, word = automaton.start, ""
         while len(word) < max_length:
-            if bool(automaton.accept[state]) and number(4) == 0:
+            if accept[state] and source.randrange(4) == 0:
                 break
-            on = [c for c in columns if bool(live[automaton.transitions[state, c]])]
+            on = [c for c in columns if live[moves[state][c]]]
             if not on:
                 break
-            column = on[number(len(on))]
+            column = on[source.randrange(len(on))]
             word += character(column)
-            state = int(automaton.transitions[state, column])
+            state = moves[state][column]
         return word
 
     texts = ["", str(automaton.shortest() or "")]
     while len(texts) < num_texts:
         word, kind = walk(), len(texts) % 3
         if kind == 1 and word:
-            at = number(len(word))
-            word = word[:at] + character(columns[number(len(columns))]) * number(2) + word[at + 1 :]
+            at = source.randrange(len(word))
+            word = word[:at] + character(columns[source.randrange(len(columns))]) * source.randrange(2) + word[at + 1 :]
         elif kind == 2:
-            word = "".join(character(columns[number(len(columns))]) for _ in range(number(12)))
+            word = "".join(character(columns[source.randrange(len(columns))]) for _ in range(source.randrange(12)))
         texts.append(word)
     return texts[:num_texts]

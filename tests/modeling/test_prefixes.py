@@ -16,7 +16,16 @@ from lmppl.inference.guided import GuidedLM
 from lmppl.lm import LM
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
-from lmppl.modeling.evidence import Automaton, Constraint, Reward
+from lmppl.modeling.evidence import (
+    Automaton,
+    Banned,
+    Constraint,
+    Finished,
+    Grammar,
+    MaxWords,
+    Regex,
+    Reward,
+)
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
 from lmppl.modeling.evidence.prefix_reader import PrefixReader, held_back
 from lmppl.modeling.evidence.prefixes import PROBES
@@ -56,6 +65,16 @@ CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
         prefix_closed=True,
         name="ids",
     ),
+    "regex": lambda: Regex(r"(?!b)\w*b? ?"),
+    "banned": lambda: Banned(["ab"], whole_words=True, ignore_case=True),
+    "max words": lambda: MaxWords(1),
+    "finished": Finished,
+    "text and end": lambda: Regex("a.*|b") & Finished(),
+    "text or no end": lambda: Regex("a*") | ~Finished(),
+    "grammar": lambda: Grammar('start: "a" start "b" | "a" | /[b ]+/'),
+    "accents": lambda: Grammar("start: /[aé\\u0080-\\uFFFF]*/"),
+    "grammar and regex": lambda: Grammar('start: ("a" | "b" | " ")+') & Regex("[^b]*b?"),
+    "no grammar": lambda: ~Grammar('start: ("a" | "b")+'),
 }
 
 
@@ -130,7 +149,7 @@ def test_potentials_are_right_at_the_end_and_never_condemn_what_can_be_allowed(k
 
 
 @pytest.mark.parametrize("kind", ["tabular", "llama", "bytes", "sentencepiece", "stop string"])
-@pytest.mark.parametrize("name", ["avoiding", "characters", "function", "ids"])
+@pytest.mark.parametrize("name", ["avoiding", "characters", "function", "ids", "grammar", "text and end"])
 def test_rows_are_selected_and_cut_as_if_they_had_been_read_so(kind: str, name: str) -> None:
     lm, factor = build(kind), CONSTRAINTS[name]()
     form = factor.bind(lm).incremental
@@ -159,7 +178,9 @@ def test_rows_are_selected_and_cut_as_if_they_had_been_read_so(kind: str, name: 
             assert torch.equal(form.potential(one), form.potential(other))
 
 
-@pytest.mark.parametrize("name", ["avoiding", "containing", "characters", "function", "context", "ids"])
+@pytest.mark.parametrize(
+    "name", ["avoiding", "containing", "characters", "function", "context", "ids", "regex", "grammar", "text or no end"]
+)
 @pytest.mark.parametrize("kind", ["tabular", "llama"])
 def test_the_form_obeys_its_law_on_draws(kind: str, name: str) -> None:
     report = check_factor(CONSTRAINTS[name](), build(kind))

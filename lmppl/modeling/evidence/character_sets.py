@@ -54,7 +54,7 @@ class CharacterSet:
         return sum(high - low + 1 for low, high in self.ranges)
 
     def __contains__(self, character: str) -> bool:
-        at = int(np.searchsorted(self._starts, ord(character), side="right")) - 1
+        at = int(np.searchsorted(self.bounds[:, 0], ord(character), side="right")) - 1
         return at >= 0 and ord(character) <= self.ranges[at][1]
 
     def __invert__(self) -> CharacterSet:
@@ -80,8 +80,9 @@ class CharacterSet:
         return min(first, key=lambda c: (not c.isalnum(), not c.isprintable(), c))
 
     @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.array([low for low, _ in self.ranges], dtype=np.int64)
+    def bounds(self) -> NDArray[np.int64]:
+        """(R, 2) the ranges."""
+        return np.array(self.ranges, dtype=np.int64).reshape(-1, 2)
 
 
 ANY_CHARACTER = CharacterSet(((0, LAST),))
@@ -122,21 +123,20 @@ def columns_of(symbols: Sequence[str | CharacterSet]) -> Columns:
     ValueError
         Where two symbols have a character in common; the message is that character.
     """
-    pieces = sorted((low, high, i) for i, s in enumerate(symbols) for low, high in as_set(s).ranges)
-    starts, column, at = [], [], 0
-    for low, high, i in pieces:
-        if low < at:
-            raise ValueError(chr(low))
-        if at < low:
-            starts.append(at)
-            column.append(len(symbols))
-        starts.append(low)
-        column.append(i)
-        at = high + 1
-    if at <= LAST:
-        starts.append(at)
-        column.append(len(symbols))
-    return Columns(np.array(starts, dtype=np.int64), np.array(column, dtype=np.int64))
+    bounds = [as_set(symbol).bounds for symbol in symbols]
+    low, high = np.concatenate([np.zeros((0, 2), dtype=np.int64), *bounds]).T
+    number = np.repeat(np.arange(len(symbols)), [len(one) for one in bounds])
+    order = np.argsort(low)
+    low, high, number = low[order], high[order], number[order]
+    twice = np.flatnonzero(low[1:] <= high[:-1])
+    if len(twice):
+        raise ValueError(chr(low[twice[0] + 1]))
+    # A range begins at `low`, and no symbol behind it, unless the next one follows at once.
+    starts = np.concatenate([low, [0], high + 1])
+    column = np.concatenate([number, np.full(len(high) + 1, len(symbols))])
+    starts, first = np.unique(starts, return_index=True)
+    inside = starts <= LAST
+    return Columns(starts[inside], column[first][inside])
 
 
 def refine(alphabets: Sequence[Columns]) -> tuple[list[CharacterSet], NDArray[np.int64]]:

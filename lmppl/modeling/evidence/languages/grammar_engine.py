@@ -85,20 +85,23 @@ class TokenBytes(NamedTuple):
 def token_bytes(lm: LanguageModel) -> TokenBytes | None:
     """The bytes of the tokens of `lm`; None where its tokens do not add up to text, or hide their bytes."""
     spelling = lm.spelling
-    if not spelling.additive or bool((spelling.open & ~spelling.partial).any()):
+    if not spelling.additive:
         return None
     inside = [piece.encode(errors="surrogatepass") for piece in spelling.pieces]
     first = [piece.encode(errors="surrogatepass") for piece in spelling.first]
-    partial = torch.nonzero(spelling.partial).squeeze(1).tolist()
-    if partial:
+    unsettled = torch.nonzero(spelling.open).squeeze(1).tolist()
+    if unsettled:
         tokenizer: Any = getattr(lm, "tokenizer", None)
         if not hasattr(tokenizer, "backend_tokenizer"):
             return None
         from llguidance.hf import from_tokenizer
 
         read = from_tokenizer(tokenizer, n_vocab=lm.vocab_size, slices=[])
-        for v in partial:
-            inside[v] = first[v] = read.decode_bytes([v])
+        for v in unsettled:
+            own = read.decode_bytes([v])
+            if not bool(spelling.partial[v]) and own != inside[v]:
+                return None
+            inside[v] = first[v] = own
     return TokenBytes(inside, first, spelling.begins_differently)
 
 
@@ -175,10 +178,10 @@ class TokenMasks:
     def _masks(self, matchers: _Matchers, prefixes: Sequence[Sequence[int]]) -> tuple[np.ndarray, Tensor]:
         bits = np.zeros((len(prefixes), matchers.width), dtype=np.int32)
         found = [(matchers.at(i, prefix), i) for i, prefix in enumerate(prefixes)]
+        accepting = torch.tensor([matcher is not None and matcher.is_accepting() for matcher, _ in found])
         jobs = [(matcher, i) for matcher, i in found if matcher is not None]
         if jobs:
             self._executor.unsafe_compute_mask_ptr(jobs, bits.ctypes.data, bits.shape[1] * 4, len(bits))
-        accepting = torch.tensor([matcher is not None and matcher.is_accepting() for matcher, _ in found])
         return bits, accepting
 
     def _open_replacement(self, prefix: Sequence[int]) -> int:
@@ -200,6 +203,8 @@ class _Matchers:
         """The matcher of a row after `prefix`; None where that begins no text of the grammar."""
         while len(self._rows) <= row:
             self._rows.append((self._first.deep_copy(), []))
+        if self._rows[row][0].is_stopped():  # an empty mask stops a matcher for good
+            self._rows[row] = (self._first.deep_copy(), [])
         matcher, read = self._rows[row]
         common = 0
         for one, other in zip(read, prefix, strict=False):

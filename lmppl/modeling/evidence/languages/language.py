@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -209,7 +210,12 @@ class _Membership:
 
     def __init__(self, operation: Operation, parts: Sequence[Language]) -> None:
         self.operation, self.parts = operation, tuple(parts)
-        self.content = (operation, [part.describe() for part in parts])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the languages, as they are declared."""
+        content = repr((self.operation, [part.describe() for part in self.parts]))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __call__(self, sequences: Sequences) -> Tensor:
         return _combine(self.operation, [part.accepts_sequences(sequences) for part in self.parts])

@@ -30,6 +30,7 @@ NOT_REGULAR = {
     "ATOMIC_GROUP": "an atomic group (?>...)",
     "POSSESSIVE_REPEAT": "a possessive quantifier such as *+",
 }
+ANYTHING = ("MAX_REPEAT", (0, "MAXREPEAT", [("IN", [("NEGATE", None)])]))  # every character, any number of times
 LETTER = [("IN", [("CATEGORY", "CATEGORY_WORD")])]
 EMPTY_TEXT = Automaton.length(0, 0)
 
@@ -53,6 +54,8 @@ class Machine:
 
     reads: list[list[tuple[CharacterSet, int]]] = field(default_factory=list)
     jumps: list[list[tuple[Assertion, int]]] = field(default_factory=list)
+    initial: set[int] = field(default_factory=set)  # nodes at the beginning of the text only
+    blind: frozenset[str] = frozenset()  # what of the text, "before" or "after", an assertion cannot see here
 
     def node(self) -> int:
         """A new node."""
@@ -121,9 +124,10 @@ def containing_automaton(words: Iterable[str], *, whole_words: bool = False, ign
     return _deterministic(machine, start, end)
 
 
-def _compiled(items: Iterable[tuple[Any, Any]], flags: int) -> Automaton:
-    machine = Machine()
+def _compiled(items: Iterable[tuple[Any, Any]], flags: int, blind: frozenset[str] = frozenset()) -> Automaton:
+    machine = Machine(blind=blind)
     start = machine.node()
+    machine.initial.add(start)
     end = _add(machine, start, items, flags)
     return _deterministic(machine, start, end)
 
@@ -156,7 +160,14 @@ def _add_item(machine: Machine, at: int, op: str, argument: Any, flags: int) -> 
         least, most, inner = argument
         return _add_repeat(machine, at, least, most, inner, flags)
     end = machine.node()
-    for assertion in _assertions(op, argument, flags):
+    if at in machine.initial:
+        machine.initial.add(end)
+    for assertion in _assertions(op, argument, flags, at_start=at in machine.initial):
+        if ("before" in machine.blind and assertion.before) or ("after" in machine.blind and assertion.after):
+            raise ModelError(
+                "Regex: an assertion inside a look-ahead or look-behind looks beyond it, which is supported only in "
+                "look-aheads at the beginning; use Constraint(fn) with re.fullmatch"
+            )
         machine.jump(at, end, assertion)
     return end
 
@@ -178,14 +189,16 @@ def _add_repeat(machine: Machine, at: int, least: int, most: Any, items: Any, fl
     return end
 
 
-def _assertions(op: str, argument: Any, flags: int) -> list[Assertion]:
+def _assertions(op: str, argument: Any, flags: int, *, at_start: bool = False) -> list[Assertion]:
     """The ways in which an assertion can hold."""
     if op == "FAILURE":  # (?!) never holds
         return []
     if op in ("ASSERT", "ASSERT_NOT"):
         direction, items = argument
-        inner = _compiled(items, flags)
-        seen = _followed_by_any(inner) if direction > 0 else _preceded_by_any(inner)
+        if direction > 0:
+            seen = _compiled([*items, ANYTHING], flags, frozenset(() if at_start else ("before",)))
+        else:
+            seen = _compiled([ANYTHING, *items], flags, frozenset(("after",)))
         wanted = (~seen if op == "ASSERT_NOT" else seen).minimize()
         return [Assertion(after=(wanted,)) if direction > 0 else Assertion(before=(wanted,))]
     line = Automaton.exactly(["\n"])

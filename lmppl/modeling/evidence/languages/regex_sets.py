@@ -54,7 +54,7 @@ def _union(parts: Sequence[tuple[str, Any]], flags: int) -> CharacterSet:
         else:
             ranges += _category(CATEGORIES[str(argument)], flags & re.ASCII).ranges
     found = CharacterSet.of_ranges(ranges)
-    if not flags & re.IGNORECASE:
+    if not found or not flags & re.IGNORECASE:
         return found
     named = "".join(f"{_escaped(low)}-{_escaped(high)}" for low, high in found.ranges)
     return found | CharacterSet.of(re.findall(f"[{named}]", _cased(), flags))
