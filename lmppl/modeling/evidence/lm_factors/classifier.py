@@ -13,7 +13,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.soft import SoftForm, SoftStep
 
-__all__ = ["HiddenClassifier"]
+__all__ = ["Classifier"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -47,7 +47,7 @@ class HeadOnMean:
         return scores.to(mean.dtype)
 
 
-class HiddenClassifier(Factor):
+class Classifier(Factor):
     """A head on the prior's hidden states, averaged over the completion: log φ(x) = log p(a|x) ≤ 0, in nats.
 
     log σ(s) of a head with one output, log softmax(s)[label] of one with K. The states come from one more pass of the
@@ -60,7 +60,7 @@ class HiddenClassifier(Factor):
     label : int, optional
         The class a; needed for K outputs.
     name : str, optional
-        How errors and tables call the factor; by default "hidden_classifier".
+        How errors and tables call the factor; by default "classifier".
 
     Raises
     ------
@@ -72,13 +72,13 @@ class HiddenClassifier(Factor):
 
     def __init__(self, head: Head, *, label: int | None = None, name: str | None = None) -> None:
         if not callable(head):
-            raise ModelError(f"HiddenClassifier: got {type(head).__name__}, expected a function of hidden states")
+            raise ModelError(f"Classifier: got {type(head).__name__}, expected a function of hidden states")
         if isinstance(head, nn.Module) and head.training:
-            raise ModelError("HiddenClassifier: the head is in training mode; call head.eval()")
+            raise ModelError("Classifier: the head is in training mode; call head.eval()")
         if label is not None and (isinstance(label, bool) or not isinstance(label, int) or label < 0):
-            raise ModelError(f"HiddenClassifier: got label={label!r}, expected the index of a class")
+            raise ModelError(f"Classifier: got label={label!r}, expected the index of a class")
         on_mean = head if isinstance(head, HeadOnMean) else HeadOnMean(head)
-        label_name = name or "hidden_classifier"
+        label_name = name or "classifier"
 
         def log_factor(columns: dict[str, Tensor]) -> Tensor:
             (logits,) = columns.values()
@@ -122,8 +122,8 @@ def log_class_prob(logits: Tensor, label: int | None) -> Tensor:
     """(B,) log p(a): of one logit (B,), or of `label` among (B, K)."""
     if logits.dim() == 1:
         if label is not None:
-            raise ModelError(f"HiddenClassifier: got label={label} for a head with one output, expected none")
+            raise ModelError(f"Classifier: got label={label} for a head with one output, expected none")
         return torch.nn.functional.logsigmoid(logits)
     if label is None or label >= logits.shape[1]:
-        raise ModelError(f"HiddenClassifier: got label={label} for a head with {logits.shape[1]} outputs")
+        raise ModelError(f"Classifier: got label={label} for a head with {logits.shape[1]} outputs")
     return torch.log_softmax(logits, -1)[:, label]
