@@ -4,7 +4,7 @@ from lmppl.modeling.evidence.attitudes import LowerBound, Marginal, Mean, Modera
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.evidence.lm_factors.classifier import Classifier
+from lmppl.modeling.evidence.lm_factors import Classifier, InfillingFactor, LMFactor
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.reward import Optimality, Reward
@@ -13,8 +13,10 @@ from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 __all__ = [
     "Automaton",
     "BagOfWords",
-    "Constraint",
     "Classifier",
+    "Constraint",
+    "InfillingFactor",
+    "LMFactor",
     "LowerBound",
     "Marginal",
     "Mean",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 from lmppl.errors import ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
+from lmppl.modeling.evidence.lm_factors.mean_potential import MeanPotential
+from lmppl.modeling.evidence.prefixes import evaluator
 from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.soft import SoftForm, SoftStep
+from lmppl.sequences import Sequences
 
 __all__ = ["Classifier"]
 
@@ -51,7 +56,11 @@ class Classifier(Factor):
     """A head on the prior's hidden states, averaged over the completion: log φ(x) = log p(a|x) ≤ 0, in nats.
 
     log σ(s) of a head with one output, log softmax(s)[label] of one with K. The states come from one more pass of the
-    prior over each draw, which is counted. The soft form is log p(a|x_≤t) of the mean so far. Source: `dathathri2020`.
+    prior over each draw, which is counted.
+
+    The soft form is log p(a|x_≤t) of the mean so far. The form for prefixes says the same one token later, of the
+    states that the prior makes anyway: ψ(x_≤t) = p(a|x_<t), since what the last token brings is known when it has been
+    read; at the end of a row it is φ. Source: `dathathri2020`.
 
     Parameters
     ----------
@@ -95,6 +104,19 @@ class Classifier(Factor):
             named=name is not None,
         )
         object.__setattr__(self, "label", label)
+
+    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
+        """As `Factor.bind`: with the form for prefixes of `lm`."""
+        on_mean, label = self.features[0].fn, self.label
+        assert isinstance(on_mean, HeadOnMean)
+        bound = copy.copy(self)
+        ending = evaluator(self, lm, log_factor)
+        form = MeanPotential(
+            lm, lambda mean: log_class_prob(on_mean.logits(mean), label), ending,
+            lambda: f"{content_digest(on_mean)}:{label}",
+        )  # fmt: skip
+        object.__setattr__(bound, "incremental", form)
+        return bound
 
     def soft_form(self, lm: LanguageModel) -> SoftForm:
         """log p(a|x_≤t) as a function of the step."""
