@@ -160,7 +160,5 @@ def _unbound(lm: LanguageModel | None) -> Callable[..., Any]:
 def _tokens(lm: LanguageModel, text: str, context: int, who: str) -> tuple[int, ...]:
     ids = encoded(lm, text, context, who)
     if not ids:
-        raise ModelError(
-            f"{who}: {type(lm).__name__} has no tokens for the future {quote(text)}, which it cannot write"
-        )
+        raise ModelError(f"{who}: {type(lm).__name__} cannot write the future {quote(text)}: it has no tokens for it")
     return tuple(ids)
