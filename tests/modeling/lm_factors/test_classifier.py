@@ -36,7 +36,7 @@ def factor_of(outputs: int = 3) -> lmppl.Classifier:
 
 @torch.no_grad()
 def log_class(lm: TransformersLM, context: int, row: list[int], outputs: int = 3) -> float:
-    """log p(a|·) of the mean state after each token of `row`, each from a prefill of its own; of none, the context's."""
+    """log p(a|·) of the mean state after each token of `row`, from prefills; of no token, the context's."""
     where = torch.tensor([context])
     steps = [lm.decoder().prefill(where, torch.tensor([row[:t]]))[0] for t in range(1, len(row) + 1)]
     steps = steps or [lm.decoder().prefill(where)[0]]

@@ -129,7 +129,7 @@ def test_smc_is_unbiased(kind: str, weight: float, proposal: str) -> None:
 
 def test_rows_wait_for_each_other() -> None:
     """Rounds of several tokens, after which rows of different lengths are read anew."""
-    model = small_lm("tabular", 3) * lmppl.LMFactor(small_lm("tabular", 3, seed=3), 0.6)
+    model = small_lm("tabular") * lmppl.LMFactor(small_lm("tabular", seed=3), 0.6)
     brute = brute_of(model, 1)
     law = Law(brute, sweep_law(Target(model), lmppl.SMC(2, ess_threshold=1.0, every=re.compile("a")), 1))
     assert torch.allclose(law.mean_mass, brute.log_gamma.exp(), rtol=0, atol=TOLERANCE)

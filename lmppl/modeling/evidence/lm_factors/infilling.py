@@ -58,7 +58,7 @@ class InfillingFactor(Factor):
     Bound: log φ ≤ 0 for a > 0. The form for prefixes is log ψ(x_≤t) = a·log p_lm(future|c, x_≤t): SMC reads the future
     behind each particle's own token, from the particle's cache, and never behind all V. Where a prefix that goes on has
     p(future|c, x_≤t) = 0, ψ keeps its last positive value, 1 if it had none: a later prefix may lead to the future yet.
-    At the end ψ is φ, so that this cancels. Source: `qin2022`, which conditions on the future by gradients.
+    At the end ψ is φ, so that this cancels. Source: `qin2020` (a given future, by gradients), `lew2023` (by SMC).
 
     Examples
     --------
