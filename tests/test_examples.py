@@ -17,7 +17,15 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SPECS = sorted(path for path in EXAMPLES.glob("*.py") if "\nmodel = " in path.read_text(encoding="utf-8"))
 NEEDS = {"reviews.py": ("profanity_check", "vaderSentiment")}
 # Draws per context, small enough for what each declaration costs.
-FEW = {"chains.py": 10, "enumerate.py": 50, "guided.py": 8, "judges.py": 10, "paris.py": 1, "rare.py": 10}
+FEW = {
+    "chains.py": 10,
+    "enumerate.py": 50,
+    "guided.py": 8,
+    "judges.py": 10,
+    "paris.py": 1,
+    "persona.py": 8,
+    "rare.py": 10,
+}
 
 
 @pytest.fixture(params=SPECS, ids=lambda path: path.name)

@@ -115,7 +115,12 @@ class Target:
         self.cost = Cost()
         for factor in self.factors:  # forms and features that run LMs of their own
             count_base(factor.incremental, self.cost)
-        self._features = {name: _counted(feature, self.cost) for name, feature in model.features.items()}
+        own = {
+            name: replace(feature, name=name)
+            for factor in reversed(self.factors)  # of factors that share a feature, the first one's
+            for name, feature in zip(model.feature_names(factor), factor.features, strict=True)
+        }
+        self._features = {name: _counted(own[name], self.cost) for name in model.features}
         self.watcher: Callable[[float, Mapping[str, str]], None] | None = None
         self._known = {name: _Values() for name in model.features}
         self._shapes: dict[str, torch.Size] = {}  # of one value, from the first batch on

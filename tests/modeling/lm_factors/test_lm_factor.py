@@ -20,6 +20,7 @@ from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling.graph import FactorGraph
 from lmppl.modeling.target import Target
 from lmppl.modeling.user_functions import evaluate
+from lmppl.sequences import Draws
 from lmppl.testing import check_factor
 from tests.inference.smc_cases import Law, brute_of, small_lm, sweep_law
 from tests.lm.random_models import build, random_lm, tokenizer
@@ -197,21 +198,21 @@ def test_every_forward_is_counted() -> None:
 
 
 def test_a_sweep_counts_the_other_lm() -> None:
-    """One prefill and one forward a round for the form, two for the whole rows of a round that have ended."""
+    """One prefill and one forward a round for each LM; rows that end are scored by the law they were weighed by."""
     lm = enumerable_lm("llama")
 
-    def swept(model: lmppl.Model) -> lmppl.Cost:
+    def swept(model: lmppl.Model) -> tuple[lmppl.Cost, Draws]:
         target = Target(model)
         source = Source(torch.Generator().manual_seed(0))
-        lmppl.SMC(64, proposal="prior", ess_threshold=0.0).sweep(target, torch.tensor([0]), source)
-        return target.cost
+        smc = lmppl.SMC(64, ess_threshold=0.9)
+        return target.cost, smc.sweep(target, torch.tensor([1]), source).draws
 
-    alone = swept(lm * lmppl.Reward(lambda texts: [0.0] * len(texts), name="nothing"))
-    for factor, lms in ((lmppl.LMFactor(persona("llama")), 1), (factor_of("persona", "llama"), 2)):
-        both = swept(lm * factor)
-        own = both.lm_forwards - alone.lm_forwards
-        horizon = lm.max_new_tokens
-        assert lms * (1 + horizon - 1) < own <= lms * (1 + horizon - 1 + 2 * horizon)
+    alone, _ = swept(lm * lmppl.Reward(lambda texts: [0.0] * len(texts), name="nothing"))
+    for factor, lms in ((factor_of("half", "llama"), 1), (factor_of("persona", "llama"), 2)):
+        both, draws = swept(lm * factor)
+        assert both.lm_forwards - alone.lm_forwards == lms * lm.max_new_tokens
+        wanted = by_hand(factor, draws.token_lists(), 1)
+        assert float((draws.log_factors["lm_factor"] - wanted).abs().max()) < TOLERANCE
 
 
 def test_a_guided_law_counts_the_other_lm() -> None:

@@ -130,7 +130,7 @@ class FuturePotential:
     def select(self, state: FutureRows, index: Tensor) -> FutureRows:
         """As `Incremental.select`."""
         prefixes = self.prefixes.select(state.prefixes, index)
-        return FutureRows(prefixes, *(column[index] for column in state[1:4]), state.known)
+        return FutureRows(prefixes, state.exact[index], state.values[index], state.over[index], state.known)
 
     def crop(self, state: FutureRows, lengths: Tensor) -> FutureRows:
         """As `Incremental.crop`; the shorter rows are read anew when they are asked about."""

@@ -58,8 +58,8 @@ class LMFactor(Factor):
     Notes
     -----
     Bound: log φ ≤ 0 for a > 0 without `over`; none otherwise. Costs one forward of each LM a token while SMC goes on,
-    and one for each completed text. Source: `hinton2002` (products of experts), `li2023` (contrastive decoding),
-    `liu2021` (an expert over an anti-expert).
+    and no other for a text that it completes. Source: `hinton2002` (products of experts), `li2023` (contrastive
+    decoding), `liu2021` (an expert over an anti-expert).
 
     Examples
     --------
@@ -93,7 +93,7 @@ class LMFactor(Factor):
         shown = f"{label}(x|c')" if over is None else f"({label}(x|c')/{label}_over(x|c''))"
         super().__init__(
             name=label,
-            features=_features(label, lm, over, weight),
+            features=_features(label, [CompletionScore(one) for one in (lm, over) if one is not None]),
             log_factor=log_factor,
             upper=0.0 if weight > 0 and over is None else inf,
             hard=None,
@@ -111,15 +111,19 @@ class LMFactor(Factor):
         contexts = [contexts_of(one, lm, who) for one in lms]
         by_text = [reads_text(one, lm, who) for one in lms]
         rooms = [one if text else with_room(one, lm.max_new_tokens) for one, text in zip(lms, by_text, strict=True)]
+        parts = [CachedPrefixes(one, places) for one, places in zip(rooms, contexts, strict=True)]
+        form = None if any(by_text) else ProductPotential(*_sides(parts, self.weight), abs(self.weight))
+        # A run reads every row once; outside of a run form and score know nothing of each other, and can be compared.
+        shared = parts if log_factor is not None and form is not None else [None] * len(parts)
+        divides = [self.weight < 0, self.weight > 0]
+        scores = [
+            CompletionScore(one, lm, divide, text, prefixes=part)
+            for one, divide, text, part in zip(rooms, divides, by_text, shared, strict=False)
+        ]
         bound = copy.copy(self)
-        features = _features(self.name, rooms[0], rooms[1] if self.over is not None else None, self.weight, lm, by_text)
-        object.__setattr__(bound, "features", features)
-        form = None
-        if not any(by_text):
-            parts = [CachedPrefixes(one, places) for one, places in zip(rooms, contexts, strict=True)]
-            form = ProductPotential(*_sides(parts, self.weight), abs(self.weight))
-            if never_zero(lms):
-                object.__setattr__(bound, "hard", False)
+        object.__setattr__(bound, "features", _features(self.name, scores))
+        if form is not None and never_zero(lms):
+            object.__setattr__(bound, "hard", False)
         object.__setattr__(bound, "incremental", form)
         return bound
 
@@ -146,19 +150,9 @@ def _sides(parts: list[CachedPrefixes], weight: float) -> tuple[CachedPrefixes |
     return (lm, over) if weight > 0 else (over, lm)
 
 
-def _features(
-    name: str,
-    lm: LanguageModel,
-    over: LanguageModel | None,
-    weight: float,
-    prior: LanguageModel | None = None,
-    by_text: Sequence[bool] = (False, False),
-) -> tuple[Feature, ...]:
-    first: LMScore = CompletionScore(lm, prior, divides=weight < 0, by_text=by_text[0])
-    if over is None:
-        return (Feature(name, first, on="ids"),)
-    second: LMScore = CompletionScore(over, prior, divides=weight > 0, by_text=by_text[1])
-    return (Feature(name, first, on="ids"), Feature(f"{name}_over", second, on="ids"))
+def _features(name: str, scores: Sequence[LMScore]) -> tuple[Feature, ...]:
+    names = (name, f"{name}_over")
+    return tuple(Feature(one, score, on="ids") for one, score in zip(names, scores, strict=False))
 
 
 def declared_lm(kind: str, argument: str, lm: object) -> None:

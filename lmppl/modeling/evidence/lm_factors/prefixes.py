@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import State, Step
 from lmppl.lm.decoding import CountingDecoder
-from lmppl.sequences import Cost
+from lmppl.sequences import Cost, Sequences
 
 __all__ = ["CachedPrefixes", "PrefixRows", "Reading"]
 
@@ -36,6 +37,7 @@ class Reading:
     def __init__(self, decoder: CountingDecoder, place: Tensor, context: Tensor, ids: Tensor, lengths: Tensor) -> None:
         self.decoder, self.place = decoder, place
         self.context, self.ids, self.lengths = context, ids, lengths
+        self.totals: Tensor | None = None  # (D,) log p of the prefixes, in nats, where it is known
         self.ahead: tuple[Tensor, State] | None = None  # rows and tokens (M,) as `pairs`, and a state that read them
         self._step: Step | None = None
         self._state: State | None = None
@@ -55,6 +57,12 @@ class Reading:
                 self._log_probs = self._step.log_probs[:, -1].double()
             self._step = None
         return self._log_probs
+
+    @cached_property
+    def places(self) -> dict[tuple[int, tuple[int, ...]], int]:
+        """The row of each prefix, by context and tokens."""
+        rows = zip(self.context.tolist(), self.ids.tolist(), self.lengths.tolist(), strict=True)
+        return {(context, tuple(row[:n])): i for i, (context, row, n) in enumerate(rows)}
 
     def take(self) -> State:
         """The decoder's state; whoever takes it may consume it."""
@@ -107,6 +115,7 @@ class CachedPrefixes:
     def __init__(self, lm: LanguageModel, place: Tensor) -> None:
         self.lm, self.place = lm, place.to(lm.device)
         self._decoder: CountingDecoder | None = None
+        self._lately: Reading | None = None
         self.cost = Cost()
 
     @property
@@ -131,14 +140,33 @@ class CachedPrefixes:
         distinct, row_of = torch.unique(context, return_inverse=True)
         none = torch.zeros_like(distinct)
         reading = self._reading(distinct, distinct.new_zeros(len(distinct), 0), none)
+        reading.totals = torch.zeros(len(distinct), dtype=torch.float64, device=distinct.device)
         return PrefixRows(reading, row_of, context.new_zeros(len(context), 0), context, torch.zeros_like(context))
 
     def log_probs(self, rows: PrefixRows, candidates: Tensor | None) -> Tensor:
         """(B, V) log-probabilities of the next token, or (B, k) of candidates (B, k), in nats, float64."""
         every = rows.reading.log_probs
+        self._lately = rows.reading
         if candidates is None:
             return every[rows.row_of]
         return every[rows.row_of[:, None], candidates.to(every.device)]
+
+    def recall(self, sequences: Sequences) -> Tensor:
+        """(B,) log p of rows that are one token longer than the prefixes asked about last, float64; nan of all others.
+
+        What a sampler that goes on token by token has just ended is scored so, from the law of the next token that it
+        was weighed by.
+        """
+        values = torch.full((len(sequences),), torch.nan, dtype=torch.float64)
+        reading = self._lately
+        if reading is None or reading.totals is None:
+            return values
+        rows = zip(sequences.context.tolist(), sequences.token_lists(), strict=True)
+        found = [(i, reading.places.get((c, tuple(row[:-1])), -1), row[-1]) for i, (c, row) in enumerate(rows) if row]
+        known = torch.tensor([f for f in found if f[1] >= 0], dtype=torch.int64).view(-1, 3)
+        at, token = (column.to(reading.totals.device) for column in (known[:, 1], known[:, 2]))
+        values[known[:, 0]] = (reading.totals[at] + reading.log_probs[at, token]).cpu()
+        return values
 
     def append(self, rows: PrefixRows, tokens: Tensor) -> PrefixRows:
         """The rows with one more token (B,) each: one forward of the distinct ones."""
@@ -149,6 +177,8 @@ class CachedPrefixes:
         old = rows.reading
         after = old.lengths[parent] + 1
         new = self._reading(old.context[parent], appended(old.ids[parent], old.lengths[parent], token), after)
+        if old.totals is not None and old is self._lately:
+            new.totals = old.totals[parent] + old.log_probs[parent, token]
         with torch.no_grad():
             cut = self._cut(old, distinct, after)
             if cut is not None:

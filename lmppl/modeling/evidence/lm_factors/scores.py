@@ -12,6 +12,7 @@ from torch import Tensor
 from lmppl.errors import FactorError, ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import token_log_probs
+from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes
 from lmppl.modeling.evidence.lm_factors.tokens import contexts_of, encoded
 from lmppl.modeling.returned_values import quote
 from lmppl.sequences import Cost, Sequences
@@ -96,7 +97,15 @@ class LMScore:
 
 @dataclass(frozen=True)
 class CompletionScore(LMScore):
-    """log p_lm(x|c'): the sum over the tokens of x, EOS among them where x ends by it."""
+    """log p_lm(x|c'): the sum over the tokens of x, EOS among them where x ends by it.
+
+    Parameters
+    ----------
+    prefixes : CachedPrefixes, optional
+        The same LM in the form for prefixes of the same run, which knows the rows that it has just read.
+    """
+
+    prefixes: CachedPrefixes | None = field(default=None, compare=False, repr=False)
 
     @property
     def what(self) -> str:
@@ -107,9 +116,15 @@ class CompletionScore(LMScore):
         """As `LMScore.log_prob`."""
         if self.by_text:
             return self._of_texts(sequences, context)
-        s = sequences
-        rows = Sequences(s.ids, s.lengths, s.finished, context.to(s.ids.device), self.lm.prompts)
-        return token_log_probs(self.lm, rows, cost=self.cost).double().sum(-1)
+        values = torch.full((len(sequences),), torch.nan, dtype=torch.float64)
+        if self.prefixes is not None:
+            values = self.prefixes.recall(sequences)
+        rest = torch.nonzero(values.isnan()).squeeze(1)
+        if len(rest):
+            s = sequences.select(rest)
+            rows = Sequences(s.ids, s.lengths, s.finished, context[rest].to(s.ids.device), self.lm.prompts)
+            values[rest] = token_log_probs(self.lm, rows, cost=self.cost).double().sum(-1).cpu()
+        return values
 
     def _of_texts(self, sequences: Sequences, context: Tensor) -> Tensor:
         """log p of the text in the LM's own tokens, and of the end behind it where the row ended."""
