@@ -13,6 +13,7 @@ import lmppl
 from lmppl.diagnostics.divergences import total_variation
 from lmppl.errors import ContextError, FactorError, ModelError
 from lmppl.lm.base import LanguageModel
+from lmppl.lm.randomness import Source
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.graph import FactorGraph
 from lmppl.modeling.target import Target
@@ -206,6 +207,18 @@ def test_the_future_is_read_behind_the_particles_own_tokens() -> None:
     assert (target.cost.lm_forwards, target.cost.lm_tokens) == (4, 9 + 3 * 2)
     form.weigh(state, torch.full((64, 1), 4))  # EOS: the future behind the prefix is known
     assert target.cost.lm_forwards == 4
+
+
+@KINDS
+def test_a_sweep_reads_each_row_once(kind: str) -> None:
+    """Rows that end are scored by what the form has read of them: no forward of their own, and the right log φ."""
+    lm, factor = enumerable_lm(kind), factor_of("prior", kind)
+    target = Target(lm * factor)
+    source = Source(torch.Generator().manual_seed(0))
+    draws = lmppl.SMC(64, ess_threshold=0.9).sweep(target, torch.tensor([1]), source).draws
+    horizon = lm.max_new_tokens
+    assert target.cost.lm_forwards == horizon + 2 + horizon  # the prior; the form's start, and one a round
+    assert float((draws.log_factors["infilling"] - by_hand(factor, lm, draws.token_lists(), 1)).abs().max()) < 1e-9
 
 
 @torch.no_grad()

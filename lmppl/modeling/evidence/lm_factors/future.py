@@ -11,7 +11,7 @@ from torch import Tensor
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import plan_rows
 from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes, PrefixRows, Reading, appended
-from lmppl.sequences import Cost
+from lmppl.sequences import Cost, Sequences
 
 __all__ = ["FuturePotential", "FutureRows"]
 
@@ -27,9 +27,16 @@ class FutureRows(NamedTuple):
 
 
 class Known:
-    """log p(future|x) that has been computed of next tokens of one reading, by `CachedPrefixes.pairs`."""
+    """log p(future|x) that has been computed of next tokens of one reading, by `CachedPrefixes.pairs`.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    here : Tensor (D,), optional
+        That of the reading's own prefixes; nan where it is not known.
+    """
+
+    def __init__(self, here: Tensor | None = None) -> None:
+        self.here = here
         self.pairs = torch.zeros(0, dtype=torch.int64)
         self.values = torch.zeros(0, dtype=torch.float64)
 
@@ -45,8 +52,11 @@ class Known:
         self.values = torch.cat([self.values.to(values.device), values])[order]
 
     def get(self, pairs: Tensor) -> Tensor:
-        """Values of pairs that are all known, of any shape."""
-        return self.values[torch.searchsorted(self.pairs, pairs)]
+        """Values of pairs, of any shape; nan where they are not known."""
+        if len(self.pairs) == 0:
+            return torch.full(pairs.shape, torch.nan, dtype=torch.float64, device=pairs.device)
+        at = torch.searchsorted(self.pairs, pairs).clamp_max(len(self.pairs) - 1)
+        return torch.where(self.pairs[at] == pairs, self.values[at], torch.nan)
 
 
 class FuturePotential:
@@ -79,6 +89,7 @@ class FuturePotential:
         device = prefixes.lm.device
         self.futures = torch.tensor([[*f, *[0] * (width - len(f))] for f in futures], device=device)  # (C, F)
         self.counts = torch.tensor([len(f) for f in futures], device=device)
+        self._lately: tuple[Reading, Known] | None = None
 
     def count_into(self, cost: Cost) -> None:
         """Count the LM's forwards into `cost`."""
@@ -92,10 +103,11 @@ class FuturePotential:
     def start(self, contexts: Tensor, step: Any = None) -> FutureRows:
         """As `Incremental.start`."""
         prefixes = self.prefixes.start(contexts)
-        exact = self.weight * self._here(prefixes.reading)[prefixes.row_of].to(contexts.device)
+        here = self._here(prefixes.reading)
+        exact = self.weight * here[prefixes.row_of].to(contexts.device)
         values = torch.where(exact.isfinite(), exact, 0.0)
         none = torch.zeros(len(contexts), dtype=torch.bool, device=contexts.device)
-        return FutureRows(prefixes, exact[:, None], values[:, None], none, Known())
+        return FutureRows(prefixes, exact[:, None], values[:, None], none, Known(here))
 
     def weigh(self, state: FutureRows, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`: −inf for a row that has ended."""
@@ -121,7 +133,24 @@ class FuturePotential:
         at = self._lengths(state)
         prefixes = self.prefixes.append(state.prefixes, tokens)
         exact, values = (_put(c, at + 1, v) for c, v in ((state.exact, exact), (state.values, values)))
-        return FutureRows(prefixes, exact, values, over, Known())
+        here = state.known.get(torch.unique(self.prefixes.pairs(state.prefixes, tokens)))  # in the order of the reading
+        return FutureRows(prefixes, exact, values, over, Known(here))
+
+    def recall(self, sequences: Sequences) -> Tensor:
+        """(B,) log p(future|c, x) of rows that are one token longer than the prefixes asked about last; nan of others."""
+        values = torch.full((len(sequences),), torch.nan, dtype=torch.float64)
+        if self._lately is None:
+            return values
+        reading, known = self._lately
+        for i, (context, row) in enumerate(zip(sequences.context.tolist(), sequences.token_lists(), strict=True)):
+            place = reading.places.get((context, tuple(row[:-1])))
+            if not row or place is None:
+                continue
+            if row[-1] not in self.prior.eos_ids:
+                values[i] = known.get(reading.context.new_tensor(place * self.prior.vocab_size + row[-1]))
+            elif known.here is not None:
+                values[i] = known.here[place]
+        return values
 
     def potential(self, state: FutureRows) -> Tensor:
         """As `Incremental.potential`."""
@@ -147,14 +176,14 @@ class FuturePotential:
         ending = torch.isin(tokens, torch.tensor(self.prior.eos_ids, dtype=torch.int64, device=device))
         before, value = _at(state.exact, at)[:, None], self.potential(state)[:, None]
         exact = before.expand(tokens.shape).clone()  # an EOS is left out of what the future follows
+        self._lately = (state.prefixes.reading, state.known)
         pairs = self.prefixes.pairs(state.prefixes, tokens)
         asked = torch.unique(pairs[~ending.to(pairs.device)])
         missing = state.known.missing(asked)
         if len(missing):
             state.known.add(missing, self._behind(state.prefixes.reading, missing))
         if len(asked):
-            known = state.known.get(torch.where(ending.to(pairs.device), asked[0], pairs))
-            exact = torch.where(ending, exact, self.weight * known.to(device))
+            exact = torch.where(ending, exact, self.weight * state.known.get(pairs).to(device))
         over = self._ended(state, tokens) | (at + 1 == self.prior.max_new_tokens)[:, None]
         kept = torch.where(over & (exact == -torch.inf), exact, value)
         return exact, torch.where(exact.isfinite(), exact, kept), over

@@ -122,8 +122,10 @@ class InfillingFactor(Factor):
                 reader = with_room(reader, lm.max_new_tokens + max(map(len, tokens)))
             except UnsupportedModel as error:
                 raise ModelError(f"{who}: the future is read behind the prior's cap: {error}") from error
-            score = FutureScore(reader, lm, self.weight < 0, futures=tuple(tokens))
             form = FuturePotential(CachedPrefixes(reader, places), tuple(tokens), self.weight, lm)
+            # A run reads every row once; outside of a run form and score can be compared.
+            shared = None if log_factor is None else form
+            score = FutureScore(reader, lm, self.weight < 0, futures=tuple(tokens), form=shared)
             object.__setattr__(bound, "incremental", form)
             if never_zero([reader]):
                 object.__setattr__(bound, "hard", False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lmppl.errors import FactorError, ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import token_log_probs
+from lmppl.modeling.evidence.lm_factors.future import FuturePotential
 from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes
 from lmppl.modeling.evidence.lm_factors.tokens import contexts_of, encoded
 from lmppl.modeling.returned_values import quote
@@ -154,9 +155,12 @@ class FutureScore(LMScore):
     ----------
     futures : tuple of tuple of int, or of str
         One for each context of the prior: tokens of the LM, or texts where it reads text.
+    form : FuturePotential, optional
+        The form for prefixes of the same run, which knows the rows that it has just read.
     """
 
     futures: tuple[tuple[int, ...], ...] | tuple[str, ...] = ()
+    form: FuturePotential | None = field(default=None, compare=False, repr=False)
 
     @property
     def what(self) -> str:
@@ -165,7 +169,16 @@ class FutureScore(LMScore):
 
     def log_prob(self, sequences: Sequences, context: Tensor) -> Tensor:
         """As `LMScore.log_prob`."""
-        assert self.prior is not None
+        if self.form is None:
+            return self._of_rows(sequences, context)
+        values = self.form.recall(sequences)
+        rest = torch.nonzero(values.isnan()).squeeze(1)
+        if len(rest):
+            values[rest] = self._of_rows(sequences.select(rest), context[rest])
+        return values
+
+    def _of_rows(self, sequences: Sequences, context: Tensor) -> Tensor:
+        assert self.prior is not None  # as `__call__` made sure
         values = torch.full((len(sequences),), -torch.inf, dtype=torch.float64)
         own = without_end(sequences, self.prior) if not self.by_text else None
         rows, starts, ends, at = [], [], [], []

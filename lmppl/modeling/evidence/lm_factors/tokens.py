@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmppl.errors import ContextError, ModelError
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.derived import DerivedLM
+from lmppl.lm.derived import DerivedLM, TemperedLM
 from lmppl.lm.tabular import TabularLM
 from lmppl.lm.transformers import TransformersLM
 
@@ -101,10 +101,12 @@ def with_room(lm: LanguageModel, num_tokens: int) -> LanguageModel:
 
 def never_zero(lms: Sequence[LanguageModel]) -> bool:
     """Whether every next token of every one of the LMs is known to have positive probability."""
-    return all(_never_zero(lm) for lm in map(origin, lms))
+    return all(map(_never_zero, lms))
 
 
 def _never_zero(lm: LanguageModel) -> bool:
+    if isinstance(lm, TemperedLM):
+        return _never_zero(lm.base)
     if isinstance(lm, TabularLM):
         return bool((lm.log_table > -torch.inf).all())
     return isinstance(lm, TransformersLM) and lm.top_k is None and lm.top_p is None
