@@ -137,7 +137,7 @@ class FuturePotential:
         return FutureRows(prefixes, exact, values, over, Known(here))
 
     def recall(self, sequences: Sequences) -> Tensor:
-        """(B,) log p(future|c, x) of rows that are one token longer than the prefixes asked about last; nan of others."""
+        """(B,) log p(future|c, x) of rows one token longer than the prefixes asked about last; nan of others."""
         values = torch.full((len(sequences),), torch.nan, dtype=torch.float64)
         if self._lately is None:
             return values
