@@ -112,6 +112,23 @@ def test_the_form_obeys_its_law(kind: str, name: str) -> None:
     assert "log φ does not depend on the batch" in report.held
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_stop_strings_end_rows(kind: str) -> None:
+    """A stop string is part of x, so that the future follows its tokens; LMs that stop elsewhere score alike."""
+    lm, other = random_lm(kind, stop="ba"), enumerable_lm(kind, seed=1)
+    rows = lm.sequences([[1, 0], [0, 1, 0], [0, 4], [2, 2, 2]])
+    assert rows.finished.tolist() == [True, True, True, False]
+    for factor in (lmppl.InfillingFactor("ab"), lmppl.LMFactor(other, 0.5)):
+        (found,) = Target(lm * factor).log_factors(rows).values()
+        for row, value in zip(rows.token_lists(), found.tolist(), strict=True):
+            bare = row[:-1] if row[-1] == 4 else row
+            future = isinstance(factor, lmppl.InfillingFactor)
+            wanted = of_future(lm, 0, bare, "ab") if future else 0.5 * log_prob(other, 0, row)
+            assert value == pytest.approx(wanted, abs=TOLERANCE)
+        report = check_factor(factor, lm, num_sequences=40, tolerance=1e-9)
+        assert "potential(start) + Σ weigh = potential(final) = log φ" in report.held
+
+
 @KINDS
 @torch.no_grad()
 def test_prefixes_are_read_from_the_cache(kind: str) -> None:
