@@ -352,6 +352,18 @@ def test_the_bound_is_declared_where_there_is_one() -> None:
     assert uppers == [0.0, math.inf, math.inf]
 
 
+def test_a_factor_meets_one_prior_after_another() -> None:
+    """What it has learnt of the first prior, whose tokens are the LM's, is forgotten with the second, whose are not."""
+    prior, other = words([0.5, 0.3, 0.2], ["a", "z", "<eos>"], 2), words([0.5, 0.3, 0.2], ["a", "b", "<eos>"], 4)
+    for factor in (lmppl.LMFactor(other), lmppl.InfillingFactor("a", other)):
+        first = (other * factor).factors[0]
+        assert first.hard is False
+        assert first.incremental is not None
+        second = (prior * first).factors[0]
+        assert second.hard is None
+        assert second.incremental is None
+
+
 def test_a_longer_prior_gives_the_other_lm_room() -> None:
     """The other LM's cap is not asked: rows as long as the prior's are scored by both LMs alike."""
     short = enumerable_lm("llama", seed=1).with_max_new_tokens(1)

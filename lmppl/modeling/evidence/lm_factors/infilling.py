@@ -114,7 +114,7 @@ class InfillingFactor(Factor):
             )
         futures = self.futures * lm.num_contexts if len(self.futures) == 1 else self.futures
         tokens = [_tokens(reader, text, c, who) for text, c in zip(futures, places.tolist(), strict=True)]
-        bound = copy.copy(self)
+        form: FuturePotential | None = None
         if self.lm is not None and reads_text(reader, lm, who):
             score = FutureScore(reader, lm, self.weight < 0, True, futures=futures)
         else:
@@ -126,9 +126,9 @@ class InfillingFactor(Factor):
             # A run reads every row once; outside of a run form and score can be compared.
             shared = None if log_factor is None else form
             score = FutureScore(reader, lm, self.weight < 0, futures=tuple(tokens), form=shared)
-            object.__setattr__(bound, "incremental", form)
-            if never_zero([reader]):
-                object.__setattr__(bound, "hard", False)
+        bound = copy.copy(self)
+        object.__setattr__(bound, "incremental", form)
+        object.__setattr__(bound, "hard", False if form is not None and never_zero([reader]) else None)
         object.__setattr__(bound, "features", (Feature(self.name, score, on="ids"),))
         return bound
 

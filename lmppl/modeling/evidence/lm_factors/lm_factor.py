@@ -122,8 +122,7 @@ class LMFactor(Factor):
         ]
         bound = copy.copy(self)
         object.__setattr__(bound, "features", _features(self.name, scores))
-        if form is not None and never_zero(lms):
-            object.__setattr__(bound, "hard", False)
+        object.__setattr__(bound, "hard", False if form is not None and never_zero(lms) else None)
         object.__setattr__(bound, "incremental", form)
         return bound
 
