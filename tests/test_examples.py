@@ -23,6 +23,7 @@ FEW = {
     "guided.py": 8,
     "judges.py": 10,
     "paris.py": 1,
+    "persona.py": 8,
     "rare.py": 10,
     "remote_judge.py": 10,
 }

@@ -145,7 +145,7 @@ class GuidedDecoder:
         """Forms that run networks or functions of their own count them into `cost`."""
         count_base(self.base, cost)
         for form in self.forms:
-            count_base(form.form, cost)  # type: ignore[arg-type]
+            count_base(form.form, cost)
 
     def prefill(
         self, context: Tensor, prefix: Tensor | None = None, lengths: Tensor | None = None

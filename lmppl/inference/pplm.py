@@ -86,7 +86,7 @@ class PPLM(DecodingEngine):
             named = f"factor {form.factor_names[0]!r} has none" if form.factor_names else "this model has no factor"
             return (
                 f"{self.name} needs a differentiable form: {named}; multiply by lmppl.BagOfWords(words) or "
-                "lmppl.HiddenClassifier(head), or pass Factor(soft=...)"
+                "lmppl.Classifier(head), or pass Factor(soft=...)"
             )
         if form.tabular:
             return f"{self.name} needs a network to differentiate, and the prior is a table; use weighted_decoding"

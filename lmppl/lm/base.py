@@ -17,7 +17,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge
+from lmppl.errors import ContextError, ModelError, ShapeError, SupportTooLarge, UnsupportedModel
 from lmppl.lm.decoder import Decoder
 from lmppl.sequences import Cost, Draws, Sequences
 
@@ -104,6 +104,19 @@ class LanguageModel(TorchDistribution):
     @abstractmethod
     def with_contexts(self, contexts: Sequence[Any]) -> LanguageModel:
         """The same LM for other contexts, weights shared."""
+
+    def with_max_new_tokens(self, max_new_tokens: int) -> LanguageModel:
+        """The same LM, contexts and next-token law, with another cap T.
+
+        Raises
+        ------
+        UnsupportedModel
+            Where the LM does not say how.
+        """
+        raise UnsupportedModel(
+            f"{type(self).__name__}: its cap is {self.max_new_tokens}, and it has no other; declare it with "
+            f"max_new_tokens={max_new_tokens}, or give it the method with_max_new_tokens(max_new_tokens)"
+        )
 
     @property
     @abstractmethod

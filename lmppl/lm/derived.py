@@ -127,6 +127,10 @@ class TemperedLM(ReweighedLM):
         """The same LM for other contexts, weights shared."""
         return TemperedLM(self.base.with_contexts(contexts), self.temperature)
 
+    def with_max_new_tokens(self, max_new_tokens: int) -> TemperedLM:
+        """As `LanguageModel.with_max_new_tokens`."""
+        return TemperedLM(self.base.with_max_new_tokens(max_new_tokens), self.temperature)
+
     @property
     def fingerprint(self) -> str:
         """As `LanguageModel.fingerprint`."""
@@ -174,8 +178,8 @@ class _TemperedDecoder:
         return None if shelve is None else shelve(num_slots)
 
 
-def count_base(base: Decoder, cost: Cost) -> None:
-    """Let a decoder that is wrapped count into `cost` what it does beside its own calls."""
+def count_base(base: object, cost: Cost) -> None:
+    """Let a decoder that is wrapped, or a form, count into `cost` what it does beside its own calls."""
     count_into = getattr(base, "count_into", None)
     if count_into is not None:
         count_into(cost)

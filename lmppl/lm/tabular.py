@@ -250,6 +250,28 @@ class TabularLM(LanguageModel):
         other._setup(self.log_table, self.next_state, self.start, self.vocabulary, eos, cap, list(contexts))
         return other
 
+    def with_max_new_tokens(self, max_new_tokens: int) -> TabularLM:
+        """As `LanguageModel.with_max_new_tokens`; prefixes that it reaches then need entries."""
+        other = TabularLM.__new__(TabularLM)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_batch_shape"})
+        LanguageModel.__init__(
+            other,
+            self.prompts,
+            vocab_size=self.vocab_size,
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+        )
+        other._check_reach()
+        return other
+
+    def encode(self, text: str, context: int = 0) -> list[int] | None:
+        """The symbols of a completion's text, read greedily, longest first; None where it holds something else."""
+        try:
+            return _encode(text, self.vocabulary)
+        except ContextError:
+            return None
+
     def max_outcomes(self) -> float:
         """The number of outcomes of positive probability, for the context that has most.
 

@@ -14,6 +14,7 @@ from lmppl.lm.spelling import Spelling
 
 __all__ = ["CompletionText"]
 
+_ANCHORS = ("a", "A", "e", "0", ".", "\n")
 _PARTIAL = "\ufffd"  # what decoders show for bytes that are no character yet
 
 
@@ -53,6 +54,26 @@ class CompletionText:
             texts[i] = text
         return [self._cut(text) for text in texts] if self.stop else texts
 
+    def encode(self, text: str, blank: bool) -> list[int] | None:
+        """The tokenizer's tokens that `decode` reads as `text`; None where there are none.
+
+        Behind a context with text, the tokens are those that the text has there: without the space that some
+        tokenizers put before a text.
+        """
+        for anchor in (None, *reversed(_ANCHORS)):  # punctuation first, which begins no word
+            ids = self._encoded(text, anchor)
+            if ids is not None and self.decode([ids], [blank]) == [text]:
+                return ids
+        return None
+
+    def _encoded(self, text: str, anchor: str | None) -> list[int] | None:
+        """Ids of `text` behind `anchor`, whose own token is left out; None where it is no token of its own there."""
+        ids = list(self.tokenizer((anchor or "") + text, add_special_tokens=False, verbose=False).input_ids)
+        if anchor is None:
+            return ids
+        own = list(self.tokenizer(anchor, add_special_tokens=False, verbose=False).input_ids)
+        return ids[len(own) :] if ids[: len(own)] == own else None
+
     @cached_property
     def spelling(self) -> Spelling:
         """How the tokens spell text, stop strings left in; found by decoding the vocabulary."""
@@ -78,7 +99,7 @@ class CompletionText:
     @cached_property
     def _anchor(self) -> tuple[int, str] | None:
         """A token, and its text, behind which others decode as they do in the middle of a text."""
-        for text in ("a", "A", "e", "0", ".", "\n"):
+        for text in _ANCHORS:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             if len(ids) != 1:
                 continue

@@ -330,10 +330,21 @@ class TransformersLM(LanguageModel):
 
     def with_contexts(self, contexts: Sequence[Any]) -> Self:
         """The same LM and options for other contexts; weights, tokenizer and what was probed are shared."""
+        return self._with(list_contexts(list(contexts)), self.max_new_tokens)
+
+    def with_max_new_tokens(self, max_new_tokens: int) -> Self:
+        """As `LanguageModel.with_max_new_tokens`; a cap that the window has no room for is a `ContextError`."""
+        return self._with(self.contexts, max_new_tokens)
+
+    def _with(self, contexts: Sequence[Any], max_new_tokens: int) -> Self:
         other = type(self).__new__(type(self))
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_batch_shape"})
-        other._set_contexts(list_contexts(list(contexts)), self.max_new_tokens)
+        other._set_contexts(contexts, max_new_tokens)
         return other
+
+    def encode(self, text: str, context: int = 0) -> list[int] | None:
+        """The tokenizer's tokens for the text of a completion of `context`; None where no tokens read like it."""
+        return self._text.encode(text, self.blank[context])
 
     def project(self, hidden: Tensor) -> Tensor:
         """(M, H) hidden states to (M, V) unnormalised log-probabilities of the declared law."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmppl.errors import FactorError, ShapeError
 from lmppl.lm.decoding import hidden_states
+from lmppl.lm.derived import count_base
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
@@ -112,6 +113,14 @@ class Target:
         self.factors = tuple(f.bind(model.prior, partial(self.log_factor, f.name)) for f in model.factors)
         self.form = TargetForm.of(model)
         self.cost = Cost()
+        for factor in self.factors:  # forms and features that run LMs of their own
+            count_base(factor.incremental, self.cost)
+        own = {
+            name: replace(feature, name=name)
+            for factor in reversed(self.factors)  # of factors that share a feature, the first one's
+            for name, feature in zip(model.feature_names(factor), factor.features, strict=True)
+        }
+        self._features = {name: _counted(own[name], self.cost) for name in model.features}
         self.watcher: Callable[[float, Mapping[str, str]], None] | None = None
         self._known = {name: _Values() for name in model.features}
         self._shapes: dict[str, torch.Size] = {}  # of one value, from the first batch on
@@ -140,7 +149,7 @@ class Target:
         FactorError, ShapeError
             Naming the factor and the offending text.
         """
-        return {name: self._column(name, feature, sequences) for name, feature in self.model.features.items()}
+        return {name: self._column(name, feature, sequences) for name, feature in self._features.items()}
 
     def log_factors(self, sequences: Sequences, features: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """log φ_k (N,) by factor name, in nats: finite or −inf.
@@ -158,7 +167,7 @@ class Target:
     def log_factor(self, name: str, sequences: Sequences) -> Tensor:
         """(N,) log φ_k of the factor called `name`, in nats; of prefixes too, if its functions take them."""
         factor = self.model[name]
-        columns = {n: self._column(n, self.model.features[n], sequences) for n in self.model.feature_names(factor)}
+        columns = {n: self._column(n, self._features[n], sequences) for n in self.model.feature_names(factor)}
         return self._log_factor(factor, sequences, columns)
 
     def _log_factor(self, factor: Factor, sequences: Sequences, columns: Mapping[str, Tensor]) -> Tensor:
@@ -184,20 +193,16 @@ class Target:
         owner = next(f.name for f in self.factors if name in self.model.feature_names(f))
         if len(sequences) == 0:
             return torch.zeros(0, *self._shapes.get(name, ()), dtype=torch.float64)
-        if feature.on in ("log_prior", "hidden"):
-            values = self._from_prior(feature, sequences, owner)
-            self._shapes[name] = values.shape[1:]
-            return values
-        if feature.stochastic:
+        if feature.stochastic or feature.on == "log_prior":  # log π0 comes with the draws
             self.cost.factor_calls += len(sequences)
-            values = evaluate(feature, sequences, factor=owner)
+            values = self._evaluated(feature, sequences, owner)
             self._shapes[name] = values.shape[1:]
             return values
         known = self._known[name]
         keys = _content_keys(feature, sequences)
         fresh = known.missing(keys)
         if fresh:
-            values = evaluate(feature, sequences.select(list(fresh.values())), factor=owner)
+            values = self._evaluated(feature, sequences.select(list(fresh.values())), owner)
             shape = self._shapes.setdefault(name, values.shape[1:])
             if shape != values.shape[1:]:
                 shapes = f"{tuple(shape)} for some texts and {tuple(values.shape[1:])} for others"
@@ -207,15 +212,21 @@ class Target:
         self.cost.cache_hits += len(keys) - len(fresh)
         return known.get(keys)
 
-    def _from_prior(self, feature: Feature, sequences: Sequences, owner: str) -> Tensor:
-        """A feature of what the prior says of the rows: log π0, which draws carry already, or its hidden states."""
-        self.cost.factor_calls += len(sequences)
+    def _evaluated(self, feature: Feature, sequences: Sequences, owner: str) -> Tensor:
+        """What the function returns, given what the prior says of the rows where it reads that."""
+        given: tuple[Tensor, ...] | None = None
         if feature.on == "hidden":
-            given: tuple[Tensor, ...] = hidden_states(self.prior, sequences, cost=self.cost)
-        else:
+            given = hidden_states(self.prior, sequences, cost=self.cost)
+        elif feature.on == "log_prior":
             carried = sequences.log_prior if isinstance(sequences, Draws) else None
             given = (self.log_prior(sequences) if carried is None else carried,)
         return evaluate(feature, sequences, factor=owner, given=given)
+
+
+def _counted(feature: Feature, cost: Cost) -> Feature:
+    """The feature, whose function counts forwards of an LM of its own into `cost` where it has one."""
+    counting_into = getattr(feature.fn, "counting_into", None)
+    return feature if counting_into is None else replace(feature, fn=counting_into(cost))
 
 
 def _with_log_prior(sequences: Sequences, log_prior: Tensor) -> Draws:

@@ -20,7 +20,7 @@ from lmppl.lm.perturbation import has_open_past, past_of, read_again, zeros_like
 from lmppl.lm.transformers import TransformersLM
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
+from lmppl.modeling.evidence.lm_factors.classifier import Classifier
 from lmppl.modeling.evidence.reward import Reward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.graph import FactorGraph
@@ -41,7 +41,7 @@ def head_of(seed=0, outputs=1):
 
 
 def factor_of(name):
-    return BagOfWords(["b", "zebra"]) if name == "bag" else HiddenClassifier(head_of(outputs=3), label=1)
+    return BagOfWords(["b", "zebra"]) if name == "bag" else Classifier(head_of(outputs=3), label=1)
 
 
 def steered(kind, factor="bag", engine=STRONG):
@@ -283,7 +283,7 @@ def test_the_callers_model_is_unchanged_bit_by_bit():
     network.train()
     head = head_of(outputs=2)
     weights = copy.deepcopy(head.state_dict())
-    infer(lm * BagOfWords(["b"]) * HiddenClassifier(head, label=0), STRONG, 20, progress=False)
+    infer(lm * BagOfWords(["b"]) * Classifier(head, label=0), STRONG, 20, progress=False)
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert [(p.requires_grad, p.grad) for p in network.parameters()] == flags
@@ -372,11 +372,11 @@ def test_a_bag_counts_words_and_finds_their_tokens():
 @torch.no_grad()
 def test_a_classifier_reads_the_mean_hidden_state(kind, outputs):
     head = head_of(outputs=outputs)
-    factor = HiddenClassifier(head, label=None if outputs == 1 else 2)
+    factor = Classifier(head, label=None if outputs == 1 else 2)
     lm = enumerable_lm(kind)
     rows = lm.sequences([[0, 1], [2, 4], [1, 0, 3]], [0, 1, 1])
     target = Target(lm * factor)
-    got = target.log_factors(rows)["hidden_classifier"]
+    got = target.log_factors(rows)["classifier"]
     for i, row in enumerate(rows.token_lists()):
         states = []
         for t in range(1, len(row) + 1):
@@ -394,10 +394,10 @@ def test_a_classifier_reads_the_mean_hidden_state(kind, outputs):
 def test_the_factors_are_data():
     lm = enumerable_lm("llama")
     head = head_of(outputs=3)
-    model = lm * BagOfWords(["b"], 0.5) * HiddenClassifier(head, label=1)
+    model = lm * BagOfWords(["b"], 0.5) * Classifier(head, label=1)
     graph = FactorGraph.from_dict(model.graph.to_dict())
-    assert graph.required_functions() == ("hidden_classifier",)
-    again = graph.to_model(lm, {"hidden_classifier": head})
+    assert graph.required_functions() == ("classifier",)
+    again = graph.to_model(lm, {"classifier": head})
     assert (again.factors[0].words, again.factors[0].weight, again.factors[1].label) == (("b",), 0.5, 1)
     rows = lm.sequences([[0, 1], [1, 1, 1]])
     for name, value in Target(model).log_factors(rows).items():
@@ -435,13 +435,13 @@ def test_refusals():
     with pytest.raises(ModelError, match="factor 'wavy' has no soft form"):
         run(lm * bag * Reward(wavy), PPLM(factors=["wavy"]))
     with pytest.raises(ModelError, match="the head is in training mode"):
-        HiddenClassifier(nn.Linear(2, 2))
+        Classifier(nn.Linear(2, 2))
     with pytest.raises(ModelError, match="label=None for a head with 3 outputs"):
-        run(lm * HiddenClassifier(head_of(outputs=3)))
+        run(lm * Classifier(head_of(outputs=3)))
     with pytest.raises(ModelError, match="label=1 for a head with one output"):
-        run(lm * HiddenClassifier(head_of(), label=1))
+        run(lm * Classifier(head_of(), label=1))
     with pytest.raises(UnsupportedModel, match="no hidden states"):
-        infer(enumerable_lm("tabular") * HiddenClassifier(head_of()), Exact(), progress=False)
+        infer(enumerable_lm("tabular") * Classifier(head_of()), Exact(), progress=False)
 
     def nothing(lm):
         return lambda step: step.log_probs[:, 0] * math.nan

@@ -4,7 +4,6 @@ from lmppl.modeling.evidence.attitudes import LowerBound, Marginal, Mean, Modera
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
 from lmppl.modeling.evidence.languages import (
     Banned,
     Combination,
@@ -17,6 +16,7 @@ from lmppl.modeling.evidence.languages import (
     OneOf,
     Regex,
 )
+from lmppl.modeling.evidence.lm_factors import Classifier, InfillingFactor, LMFactor
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.remote_judge import RemoteJudge
@@ -27,13 +27,15 @@ __all__ = [
     "Automaton",
     "BagOfWords",
     "Banned",
+    "Classifier",
     "Combination",
     "Constraint",
     "Contains",
     "Finished",
     "Grammar",
-    "HiddenClassifier",
+    "InfillingFactor",
     "JsonSchema",
+    "LMFactor",
     "Language",
     "LowerBound",
     "Marginal",

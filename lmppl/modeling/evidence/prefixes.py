@@ -24,7 +24,7 @@ from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.function_contents import content_digest
 from lmppl.sequences import Sequences
 
-__all__ = ["FormShelf", "automaton_form", "prefix_closed_form"]
+__all__ = ["FormShelf", "automaton_form", "evaluator", "prefix_closed_form"]
 
 FORMS_KEPT = 4
 PROBES = 8  # texts that a run tries in order to find a function that is not prefix-closed
@@ -134,10 +134,11 @@ def prefix_closed_form(factor: Factor, lm: LanguageModel, log_factor: LogFactor 
         functions = [(f.on, f.fingerprint or content_digest(f.fn)) for f in factor.features]
         return hashlib.sha256(repr((functions, content_digest(factor.log_factor))).encode()).hexdigest()[:16]
 
-    return PrefixReader(lm, _Watched(factor, lm, log_factor), _evaluator(factor, lm, log_factor), content)
+    return PrefixReader(lm, _Watched(factor, lm, log_factor), evaluator(factor, lm, log_factor), content)
 
 
-def _evaluator(factor: Factor, lm: LanguageModel, log_factor: LogFactor | None) -> LogFactor:
+def evaluator(factor: Factor, lm: LanguageModel, log_factor: LogFactor | None) -> LogFactor:
+    """log φ of sequences as a run gives it, cached and counted; by default evaluated with a cache of its own."""
     if log_factor is not None:
         return log_factor
     own: list[Any] = []
@@ -158,7 +159,7 @@ class _Watched:
     """log φ of prefixes, with an eye on texts that a violated prefix begins."""
 
     def __init__(self, factor: Factor, lm: LanguageModel, log_factor: LogFactor | None) -> None:
-        self.factor, self.evaluate = factor, _evaluator(factor, lm, log_factor)
+        self.factor, self.evaluate = factor, evaluator(factor, lm, log_factor)
         self.on_text = all(f.on == "text" and not f.reads_prompts for f in factor.features)
         self.probes = PROBES if self.on_text else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 
 from lmppl.errors import ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
+from lmppl.modeling.evidence.lm_factors.mean_potential import MeanPotential
+from lmppl.modeling.evidence.prefixes import evaluator
 from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.function_contents import content_digest
 from lmppl.modeling.soft import SoftForm, SoftStep
+from lmppl.sequences import Sequences
 
-__all__ = ["HiddenClassifier"]
+__all__ = ["Classifier"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -47,11 +52,15 @@ class HeadOnMean:
         return scores.to(mean.dtype)
 
 
-class HiddenClassifier(Factor):
+class Classifier(Factor):
     """A head on the prior's hidden states, averaged over the completion: log φ(x) = log p(a|x) ≤ 0, in nats.
 
     log σ(s) of a head with one output, log softmax(s)[label] of one with K. The states come from one more pass of the
-    prior over each draw, which is counted. The soft form is log p(a|x_≤t) of the mean so far. Source: `dathathri2020`.
+    prior over each draw, which is counted.
+
+    The soft form is log p(a|x_≤t) of the mean so far. The form for prefixes says the same one token later, of the
+    states that the prior makes anyway: ψ(x_≤t) = p(a|x_<t), since what the last token brings is known when it has been
+    read; at the end of a row it is φ. Source: `dathathri2020`.
 
     Parameters
     ----------
@@ -60,7 +69,7 @@ class HiddenClassifier(Factor):
     label : int, optional
         The class a; needed for K outputs.
     name : str, optional
-        How errors and tables call the factor; by default "hidden_classifier".
+        How errors and tables call the factor; by default "classifier".
 
     Raises
     ------
@@ -72,13 +81,13 @@ class HiddenClassifier(Factor):
 
     def __init__(self, head: Head, *, label: int | None = None, name: str | None = None) -> None:
         if not callable(head):
-            raise ModelError(f"HiddenClassifier: got {type(head).__name__}, expected a function of hidden states")
+            raise ModelError(f"Classifier: got {type(head).__name__}, expected a function of hidden states")
         if isinstance(head, nn.Module) and head.training:
-            raise ModelError("HiddenClassifier: the head is in training mode; call head.eval()")
+            raise ModelError("Classifier: the head is in training mode; call head.eval()")
         if label is not None and (isinstance(label, bool) or not isinstance(label, int) or label < 0):
-            raise ModelError(f"HiddenClassifier: got label={label!r}, expected the index of a class")
+            raise ModelError(f"Classifier: got label={label!r}, expected the index of a class")
         on_mean = head if isinstance(head, HeadOnMean) else HeadOnMean(head)
-        label_name = name or "hidden_classifier"
+        label_name = name or "classifier"
 
         def log_factor(columns: dict[str, Tensor]) -> Tensor:
             (logits,) = columns.values()
@@ -95,6 +104,19 @@ class HiddenClassifier(Factor):
             named=name is not None,
         )
         object.__setattr__(self, "label", label)
+
+    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
+        """As `Factor.bind`: with the form for prefixes of `lm`."""
+        on_mean, label = self.features[0].fn, self.label
+        assert isinstance(on_mean, HeadOnMean)
+        bound = copy.copy(self)
+        ending = evaluator(self, lm, log_factor)
+        form = MeanPotential(
+            lm, lambda mean: log_class_prob(on_mean.logits(mean), label), ending,
+            lambda: f"{content_digest(on_mean)}:{label}",
+        )  # fmt: skip
+        object.__setattr__(bound, "incremental", form)
+        return bound
 
     def soft_form(self, lm: LanguageModel) -> SoftForm:
         """log p(a|x_≤t) as a function of the step."""
@@ -122,8 +144,8 @@ def log_class_prob(logits: Tensor, label: int | None) -> Tensor:
     """(B,) log p(a): of one logit (B,), or of `label` among (B, K)."""
     if logits.dim() == 1:
         if label is not None:
-            raise ModelError(f"HiddenClassifier: got label={label} for a head with one output, expected none")
+            raise ModelError(f"Classifier: got label={label} for a head with one output, expected none")
         return torch.nn.functional.logsigmoid(logits)
     if label is None or label >= logits.shape[1]:
-        raise ModelError(f"HiddenClassifier: got label={label} for a head with {logits.shape[1]} outputs")
+        raise ModelError(f"Classifier: got label={label} for a head with {logits.shape[1]} outputs")
     return torch.log_softmax(logits, -1)[:, label]
