@@ -1,6 +1,6 @@
 """Evidence: the factors that a model multiplies its prior by."""
 
-from lmppl.modeling.evidence.attitudes import LowerBound, Marginal, Mean, Moderated, Quantile, Robust
+from lmppl.modeling.evidence.attitudes import CutMixture, LowerBound, Marginal, Mean, Moderated, Quantile, Robust
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
@@ -14,6 +14,7 @@ __all__ = [
     "Automaton",
     "BagOfWords",
     "Constraint",
+    "CutMixture",
     "HiddenClassifier",
     "LowerBound",
     "Marginal",
