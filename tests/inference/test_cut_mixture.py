@@ -17,7 +17,16 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.target import Target
 from lmppl.testing import check_factor
-from tests.models import TOLERANCE, all_outcomes, brute_force, count_of, enumerable_models, goodness_of_fit, has_no, wavy
+from tests.models import (
+    TOLERANCE,
+    all_outcomes,
+    brute_force,
+    count_of,
+    enumerable_models,
+    goodness_of_fit,
+    has_no,
+    wavy,
+)
 
 BETA = 0.6
 LMS = pytest.mark.parametrize(
@@ -29,6 +38,11 @@ SMALL = TabularLM.random(4, 3, seed=3, context=["", "ab"])
 def members(texts: list[str]) -> list[list[float]]:
     """Three members of different likings, sharpness and constants."""
     return [[w, 2.5 * t.count("a") - 4.0, -1.5 * len(t) + w] for t, w in zip(texts, wavy(texts), strict=True)]
+
+
+def mild(texts: list[str]) -> list[list[float]]:
+    """Three members in [−1, 1], so that a bound of all is close to each."""
+    return [[w, t.count("a") / 3, -len(t) / 3] for t, w in zip(texts, wavy(texts), strict=True)]
 
 
 def on_prompts(prompts: list[str], completions: list[str]) -> list[list[float]]:
@@ -128,7 +142,9 @@ ENGINES = {
 @pytest.mark.parametrize("name", list(ENGINES))
 def test_engines_agree_with_the_exact_fit(name: str) -> None:
     """log Z_m of 2 × 3 members within 4.5 standard errors (10⁻⁵ each), and these are small."""
-    model = SMALL * lmppl.Reward(wavy) * lmppl.UncertainReward(members, BETA, lmppl.CutMixture(), upper=4.5)
+    fn = mild if name == "rejection" else members
+    upper = 1.0 if name == "rejection" else 4.5
+    model = SMALL * lmppl.Reward(wavy, upper=1.0) * lmppl.UncertainReward(fn, BETA, lmppl.CutMixture(), upper=upper)
     exact = lmppl.fit_cut_mixture(model)
     fit = lmppl.fit_cut_mixture(model, ENGINES[name], seed=5)
     gap = (fit.log_normalizers.value - exact.log_normalizers.value).abs()
@@ -150,15 +166,15 @@ def test_engines_agree_with_the_exact_fit(name: str) -> None:
     ids=lambda e: e.name,
 )  # fmt: skip
 def test_every_engine_runs_on_the_fitted_model_and_none_on_the_other(engine: lmppl.Engine) -> None:
-    declared = SMALL * lmppl.UncertainReward(members, BETA, lmppl.CutMixture(), upper=4.5)
-    with pytest.raises(ModelError, match=r"'members': its members' log Z_m are not fitted yet; fit them with lmppl.fi"):
+    declared = SMALL * lmppl.UncertainReward(mild, BETA, lmppl.CutMixture(), upper=1.0)
+    with pytest.raises(ModelError, match=r"'mild': its members' log Z_m are not fitted yet; fit them with lmppl.fi"):
         lmppl.infer(declared, engine)
     found = lmppl.infer(lmppl.fit_cut_mixture(declared).model, engine, seed=1)
     assert len(found.draws) > 0
 
 
 def test_draws_of_the_fitted_model_follow_the_mixture() -> None:
-    model = lmppl.fit_cut_mixture(SMALL * lmppl.UncertainReward(members, BETA, lmppl.CutMixture(), upper=4.5)).model
+    model = lmppl.fit_cut_mixture(SMALL * lmppl.UncertainReward(mild, BETA, lmppl.CutMixture(), upper=1.0)).model
     draws = lmppl.infer(model, lmppl.Rejection(2000), seed=4).draws
     for context in range(2):
         brute = brute_force(model, context)
@@ -223,7 +239,9 @@ def test_the_declaration_round_trips() -> None:
 
 def test_the_fit_is_shown_with_what_marginal_would_do() -> None:
     fit = lmppl.fit_cut_mixture(SMALL * lmppl.UncertainReward(members, BETA, lmppl.CutMixture()))
-    assert repr(fit).startswith("π*(x|c) ∝ π0(x|c) · mean_m exp(members(x)/0.6)/Z_m\n  member 0 in context '': log Z = ")
+    assert repr(fit).startswith(
+        "π*(x|c) ∝ π0(x|c) · mean_m exp(members(x)/0.6)/Z_m\n  member 0 in context '': log Z = "
+    )
     assert fit.marginal_shares.sum(1).tolist() == pytest.approx([1.0, 1.0])
 
 

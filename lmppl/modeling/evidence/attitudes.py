@@ -55,7 +55,7 @@ class Attitude(ABC):
 
     @property
     def unfitted(self) -> Attitude:
-        """The attitude as far as it reads beliefs, without what is fitted: features of equal ones are shared."""
+        """The attitude as it reads beliefs, without what is fitted later: so that a gate still shares the feature."""
         return self
 
     def judged(self, belief: Belief, beta: float) -> Tensor:
@@ -226,9 +226,9 @@ class Moderated(Attitude):
 class CutMixture(Attitude):
     """The mixture of the members' own posteriors: each member of an ensemble has the same share of the posterior.
 
-    π_cut(x|c) = (1/M) Σ_m π*_m(x|c), π*_m ∝ p0(x|c) e^{r_m(x)/β}, p0 the prior with the other factors. Feedback from x to
-    the belief is cut: what x is likely says nothing about which member is right, whereas under `Marginal` a member of
-    large Z_m(c) = E_p0[e^{r_m/β}] has a larger share. A member's free constant, in any context, cancels. As a factor
+    π_cut(x|c) = (1/M) Σ_m π*_m(x|c), π*_m ∝ p0(x|c) e^{r_m(x)/β}, p0 the prior with the other factors. What flows back
+    from x to the belief is cut: under `Marginal` a member of large Z_m(c) = E_p0[e^{r_m/β}] has a larger share. A
+    member's free constant, in any context, cancels. As a factor
 
         log φ(x, c) = log (1/M) Σ_m exp(r_m(x)/β − log Z_m(c)), in nats, with E_p0[φ] = 1.
 
