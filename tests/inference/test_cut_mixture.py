@@ -132,7 +132,7 @@ def test_expectations_are_means_over_the_members() -> None:
 
 ENGINES = {
     "importance": lmppl.Importance(3000),
-    "smc": lmppl.SMC(512),
+    "smc": lmppl.SMC(256, num_draws=4096),
     "mcmc": lmppl.MCMC(num_chains=64, num_steps=60),
     "tempered_smc": lmppl.TemperedSMC(512),
     "rejection": lmppl.Rejection(2000),
@@ -194,7 +194,7 @@ def test_the_proposal_follows_the_fit_where_the_prior_sees_no_member() -> None:
     lm = TabularLM([0.04, 0.04, 0.04, 0.88, 0.0], ["a", "b", "c", "d", "<eos>"], max_new_tokens=6)
     model = lm * lmppl.UncertainReward(letters(4.0), 1.0, lmppl.CutMixture())
     right = 6 * math.log(0.96 + 0.04 * math.exp(4.0))
-    fit = lmppl.fit_cut_mixture(model, MCMC(num_chains=128, num_steps=60, kernel=TokenGibbs()), seed=1)
+    fit = lmppl.fit_cut_mixture(model, MCMC(num_chains=96, num_steps=50, kernel=TokenGibbs()), seed=1)
     error = fit.log_normalizers.standard_error
     assert error is not None
     assert bool(((fit.log_normalizers.value - right).abs() < 4.5 * error).all())
