@@ -132,7 +132,7 @@ def test_expectations_are_means_over_the_members() -> None:
 
 ENGINES = {
     "importance": lmppl.Importance(3000),
-    "smc": lmppl.SMC(256, num_draws=4096),
+    "smc": lmppl.SMC(256, num_sweeps=16),
     "mcmc": lmppl.MCMC(num_chains=64, num_steps=60),
     "tempered_smc": lmppl.TemperedSMC(512),
     "rejection": lmppl.Rejection(2000),
