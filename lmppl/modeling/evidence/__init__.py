@@ -8,6 +8,7 @@ from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.reward import Optimality, Reward
+from lmppl.modeling.evidence.reward_sources import DeepEnsemble, LaplaceLastLayer, MCDropout, PosteriorDraws
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 
 __all__ = [
@@ -15,13 +16,17 @@ __all__ = [
     "BagOfWords",
     "Constraint",
     "CutMixture",
+    "DeepEnsemble",
     "HiddenClassifier",
+    "LaplaceLastLayer",
     "LowerBound",
+    "MCDropout",
     "Marginal",
     "Mean",
     "Moderated",
     "Moment",
     "Optimality",
+    "PosteriorDraws",
     "PowerPrior",
     "Quantile",
     "Reward",
