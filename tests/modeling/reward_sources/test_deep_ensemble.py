@@ -7,7 +7,6 @@ import pickle
 from typing import Any
 
 import pytest
-import torch
 
 import lmppl
 from lmppl.errors import FactorError, ModelError, ShapeError
@@ -86,7 +85,7 @@ def test_errors_name_the_factor_the_member_and_the_text(fn: Any, kind: type[Exce
     [
         (lambda: lmppl.DeepEnsemble([wavy]), r"got 1 member\(s\).*declare it as Reward"),
         (lambda: lmppl.DeepEnsemble([wavy, 3.0]), r"member 1: got float, expected a function"),
-        (lambda: lmppl.DeepEnsemble([wavy, torch.nn.Linear(1, 1)]), "member 1"),
+        (lambda: lmppl.DeepEnsemble([wavy, bert()]), "member 1: got the network BertForSequenceClassification"),
         (lambda: lmppl.DeepEnsemble([wavy, lambda prompts, completions: [0.0]]), "member 1: it takes prompts"),
         (lambda: lmppl.DeepEnsemble.from_pretrained(["a", "b"], beta=0.5), "belongs to UncertainReward"),
     ],
