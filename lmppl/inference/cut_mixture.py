@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from math import inf
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from lmppl.sequences import Cost, Estimate
 __all__ = ["CutMixtureFit", "fit_cut_mixture"]
 
 MIN_SIZE = 20.0  # effective draws of each member and of the prior, in each context
-MAX_ROUNDS = 10
+MIN_SHARE = 0.25  # of its effective draws that a member keeps from one power of its evidence to the next
+MIN_STEP = 1e-3  # of a power
+MAX_ROUNDS = 20
+MAX_ERROR = 0.35  # nats of log Z_m; resampled draws repeat, which weights do not show and errors do
 SETTLED = 4.0  # standard errors of the difference of two rounds
 EXACT = 1e-9
 
@@ -71,10 +75,18 @@ class CutMixtureFit:
 
 @dataclass(frozen=True)
 class Covering(CutMixture):
-    """The proposal of a round: the mixture of the members' posteriors at the present log Z_m, and of p0 itself.
+    """The proposal of a round: the mixture of p0 and of p0·e^{λ r_m/β} for each member and each power λ so far.
 
-    log φ = log (1 + Σ_m exp(r_m/β − log Z_m)) − log(M + 1) ≥ −log(M + 1); a log Z_m of inf leaves the member out.
+    log φ = log (1 + Σ_λ Σ_m exp(λ r_m/β − log Z_m(λ))) − log K, K the number of components, so that φ ≥ 1/K.
+
+    Parameters
+    ----------
+    log_normalizers : C rows of J·M floats
+        log Z_m(λ), the members of the first power first.
+    powers : tuple of J floats
     """
+
+    powers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         pass
@@ -83,26 +95,91 @@ class Covering(CutMixture):
         """(B,) log φ."""
         assert self.log_normalizers is not None
         assert context is not None
-        log_z = torch.tensor(self.log_normalizers, dtype=torch.float64, device=judged.device)
-        away = judged - log_z[context.long().to(judged.device)]
-        return torch.cat([torch.zeros_like(away[:, :1]), away], 1).logsumexp(1) - math.log(away.shape[1] + 1)
+        log_z, powers = (
+            torch.tensor(value, dtype=torch.float64, device=judged.device)
+            for value in (self.log_normalizers, self.powers)
+        )
+        away = (judged[:, None, :] * powers[None, :, None]).flatten(1) - log_z[context.long().to(judged.device)]
+        components = torch.cat([judged.new_zeros(len(judged), 1), away], 1)
+        return components.logsumexp(1) - math.log(components.shape[1])
 
     def upper(self, reward_upper: float, beta: float) -> float:
         """sup log φ of rewards that are at most `reward_upper`."""
         assert self.log_normalizers is not None
-        ends = [[0.0, *(reward_upper / beta - z for z in row)] for row in self.log_normalizers]
-        if any(math.isnan(end) for row in ends for end in row):  # no bound on r, and a member that is left out
-            return inf
-        return float(torch.tensor(ends, dtype=torch.float64).logsumexp(1).max()) - math.log(len(ends[0])) + EXACT
+        ends = torch.zeros(len(self.log_normalizers), 1, dtype=torch.float64)
+        if self.powers:
+            log_z = torch.tensor(self.log_normalizers, dtype=torch.float64)
+            tops = torch.tensor(self.powers, dtype=torch.float64) * (reward_upper / beta)
+            ends = torch.cat([ends, tops.repeat_interleave(log_z.shape[1] // len(tops)) - log_z], 1)
+        return float(ends.logsumexp(1).max()) - math.log(ends.shape[1]) + EXACT
 
 
-@dataclass(frozen=True, eq=False)
 class Round:
-    """What one round's draws say: log Z_m (C, M), standard errors (C, M), effective sizes (C, M + 1), p0's first."""
+    """What the draws of one round say of p0·e^{λ r_m/β}, at any power λ.
 
-    log_z: Tensor
-    errors: Tensor
-    sizes: Tensor
+    Parameters
+    ----------
+    found : Approximation
+        Of p0·φ, φ the covering factor.
+    name : str
+        The factor.
+    """
+
+    def __init__(self, found: Approximation, name: str) -> None:
+        assert found.model is not None
+        draws = found.draws
+        column = found.model.feature_names(found.model[name])[0]
+        exponents = draws.features[column][:, JUDGED:].double().cpu()
+        raw = torch.zeros(len(draws)) if draws.log_weight is None else draws.log_weight
+        to_p0 = raw.double().cpu() - draws.log_factors[name].double().cpu()
+        self.found, self.is_exact = found, isinstance(found, ExactTable) and found.enumerated
+        self.rows = [draws.context.cpu() == c for c in range(draws.num_contexts)]
+        self.base = [torch.log_softmax(to_p0[rows], 0) for rows in self.rows]  # weights of p0
+        self.exponents = [exponents[rows] for rows in self.rows]  # r_m/β
+
+    def log_z(self, power: float) -> Tensor:
+        """(C, M) log Z_m(λ) = log E_p0[e^{λ r_m/β}]."""
+        pairs = zip(self.base, self.exponents, strict=True)
+        return torch.stack([(base[:, None] + power * e).logsumexp(0) for base, e in pairs])
+
+    def sizes(self, power: float) -> Tensor:
+        """(C, M) effective draws of each member; at λ = 0 those of p0."""
+        return torch.stack([1.0 / shares.square().sum(0) for shares in self._shares(power)])
+
+    def errors(self, power: float) -> Tensor:
+        """(C, M) standard errors of log Z_m(λ), by the delta method."""
+        result = torch.zeros_like(self.sizes(power))
+        if self.is_exact:
+            return result
+        for c, shares in enumerate(self._shares(power)):
+            wide = widening(self.found.clusters(self.rows[c]))
+            influence = shares - self.base[c].exp()[:, None]
+            for m in range(result.shape[1]):
+                result[c, m] = self.found.error_of_mean(influence[:, m], self.rows[c]) * wide
+        if bool(result.isnan().any()):
+            raise ModelError(
+                f"fit_cut_mixture: the draws of {self.found.engine} state no error, as those of a single sweep or "
+                "chain do not; ask for more sweeps or chains"
+            )
+        return result
+
+    def next_power(self, power: float) -> float:
+        """The largest λ ≤ 1 at which each member still has enough effective draws."""
+        needed = (MIN_SHARE * self.sizes(power)).clamp_min(MIN_SIZE)
+        low, high = power, 1.0
+        while high - low > MIN_STEP / 2:
+            middle = high if low == power and high == 1.0 and self._covers(1.0, needed) else (low + high) / 2
+            if middle == 1.0:
+                return 1.0
+            low, high = (middle, high) if self._covers(middle, needed) else (low, middle)
+        return low
+
+    def _covers(self, power: float, needed: Tensor) -> bool:
+        return bool((self.sizes(power) >= needed).all())
+
+    def _shares(self, power: float) -> list[Tensor]:
+        """(n, M) weights of each member, of sum one."""
+        return [torch.softmax(base[:, None] + power * e, 0) for base, e in zip(self.base, self.exponents, strict=True)]
 
 
 def fit_cut_mixture(
@@ -116,11 +193,14 @@ def fit_cut_mixture(
     """The log Z_m(c) of a model's cut mixture: log Z_m = log E_p0[e^{r_m/β}], per context, for all members at once.
 
     The first round draws from p0, the model without the members. Each later round draws with `engine` from the mixture
-    of p0 and the members' posteriors at the present log Z_m: no weight of a member on such draws exceeds M + 1, so that
-    a few hundred draws serve every member. For any q ∝ p0·φ with φ > 0, E_q[e^{r_m/β}/φ]/E_q[1/φ] = Z_m. The last round
-    is one that agrees with the one before within their errors, and has 20 effective draws or more of each member and of
-    p0. On an exact table the log Z_m are exact. Moments are fitted afterwards, on the fitted model. Source: `jacob2017`
-    (the cut), `shirts2008` (ratios of normalisers from a mixture).
+    of p0 and of p0·e^{λ r_m/β} for all members and powers λ so far, each component with an equal share: no weight of a
+    component exceeds their number. It takes the members to the next power as far as their effective draws allow, so
+    that members far from p0 are reached by steps. For any q ∝ p0·φ with φ > 0, E_q[e^{λ r_m/β}/φ]/E_q[1/φ] = Z_m(λ).
+    The last round is one at λ = 1 that agrees with the one before within their errors, has 20 effective draws or more
+    of each member and of p0, and knows each log Z_m to 0.35 nats. On an exact table the log Z_m are exact, at once.
+    What no draw has met is in no figure: chains that do not reach a member's texts leave its Z_m too small. Moments are
+    fitted afterwards, on the fitted model. Source: `jacob2017` (the cut), `shirts2008` (ratios of normalisers from a
+    mixture), `geyer1991` (powers on the way).
 
     Parameters
     ----------
@@ -148,27 +228,40 @@ def fit_cut_mixture(
     factor = _the_cut_mixture(model)
     if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 1:
         raise ModelError(f"fit_cut_mixture: got max_rounds={max_rounds!r}, expected at least 1")
-    cost, last = Cost(), None
-    rows: tuple[tuple[float, ...], ...] = ((inf,),) * model.prior.num_contexts  # p0 alone, however many members
+    cost, powers = Cost(), [0.0]
+    last: Round | None = None
     for number in range(1, max_rounds + 1):
-        found = infer(_judged_by(model, factor, Covering(rows)), engine, num_draws, seed=seed + number, progress=False)
+        proposal = Covering(_rows(last, powers[1:], model.prior.num_contexts), tuple(powers[1:]))
+        found = infer(_judged_by(model, factor, proposal), engine, num_draws, seed=seed + number, progress=False)
         cost.add(found.cost)
         _refuse_other_laws(found)
-        now = _round(found, factor.name)
-        if _is_exact(found) or (last is not None and _agree(last, now) and bool((now.sizes >= MIN_SIZE).all())):
-            break
-        last, rows = now, _rows(now.log_z)
-        if number == max_rounds:
-            _refuse_unsettled(model, factor.name, now, max_rounds)
-    fitted = _judged_by(model, factor, CutMixture(_rows(now.log_z)))
-    half = Z_SCORE * now.errors
-    interval = torch.stack([now.log_z - half, now.log_z + half], -1)
-    exact = _is_exact(found)
-    level, kind = (1.0, "exact") if exact else (LEVEL, "consistent")
+        now = Round(found, factor.name)
+        if now.is_exact or (last is not None and powers[-1] == 1.0 and _is_settled(last, now)):
+            return _fitted(model, factor, now, cost, number)
+        if powers[-1] < 1.0:
+            following = now.next_power(powers[-1])
+            if following - powers[-1] < MIN_STEP:
+                _refuse_few_draws(model, factor.name, now, powers[-1] + MIN_STEP, number)
+            powers.append(following)
+        last = now
+    assert last is not None  # max_rounds ≥ 1
+    _refuse_unsettled(model, factor.name, last, powers[-1], max_rounds)
+
+
+def _fitted(model: Model, factor: UncertainReward, now: Round, cost: Cost, number: int) -> CutMixtureFit:
+    log_z, errors = now.log_z(1.0), now.errors(1.0)
+    half = Z_SCORE * errors
+    exact = now.is_exact
     return CutMixtureFit(
-        fitted,
-        Estimate(now.log_z, interval, level, kind, now.errors),  # type: ignore[arg-type]
-        torch.full_like(now.log_z, inf) if exact else now.sizes[:, 1:],
+        _judged_by(model, factor, CutMixture(tuple(map(tuple, log_z.tolist())))),
+        Estimate(
+            log_z,
+            torch.stack([log_z - half, log_z + half], -1),
+            1.0 if exact else LEVEL,
+            "exact" if exact else "consistent",
+            errors,
+        ),
+        torch.full_like(log_z, inf) if exact else now.sizes(1.0),
         cost,
         number,
     )
@@ -191,12 +284,11 @@ def _judged_by(model: Model, factor: UncertainReward, attitude: CutMixture) -> M
     return Model(model.prior, [factor.with_attitude(attitude) if f is factor else f for f in model.factors])
 
 
-def _rows(log_z: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(map(tuple, log_z.tolist()))
-
-
-def _is_exact(found: Approximation) -> bool:
-    return isinstance(found, ExactTable) and found.enumerated
+def _rows(last: Round | None, powers: list[float], num_contexts: int) -> tuple[tuple[float, ...], ...]:
+    """C rows of log Z_m(λ) of all powers."""
+    if last is None or not powers:
+        return ((),) * num_contexts
+    return tuple(map(tuple, torch.cat([last.log_z(power) for power in powers], 1).tolist()))
 
 
 def _refuse_other_laws(found: Approximation) -> None:
@@ -207,54 +299,40 @@ def _refuse_other_laws(found: Approximation) -> None:
         )
 
 
-def _round(found: Approximation, name: str) -> Round:
-    """log Z_m of weighted draws of p0·φ, with errors by the delta method."""
-    assert found.model is not None
-    draws = found.draws
-    column = found.model.feature_names(found.model[name])[0]
-    exponents = draws.features[column][:, JUDGED:].double().cpu()
-    exponents = torch.cat([torch.zeros_like(exponents[:, :1]), exponents], 1)
-    log_phi = draws.log_factors[name].double().cpu()
-    raw = torch.zeros(len(draws)) if draws.log_weight is None else draws.log_weight
-    context, exact = draws.context.cpu(), _is_exact(found)
-    values, errors, sizes = [], [], []
-    for c in range(draws.num_contexts):
-        rows = context == c
-        log_w = torch.log_softmax(raw.double().cpu()[rows], 0)[:, None] + exponents[rows] - log_phi[rows, None]
-        total = log_w.logsumexp(0)
-        values.append(total[1:] - total[0])
-        shares = (log_w - total).exp()
-        sizes.append(1.0 / shares.square().sum(0))
-        wide = widening(found.clusters(rows))
-        influence = shares[:, 1:] - shares[:, :1]
-        error = [0.0 if exact else float(found.error_of_mean(one, rows)) * wide for one in influence.T]
-        errors.append(torch.tensor(error, dtype=torch.float64))
-    result = Round(torch.stack(values), torch.stack(errors), torch.stack(sizes))
-    if bool(result.errors.isnan().any()):
-        raise ModelError(
-            f"fit_cut_mixture: the draws of {found.engine} state no error, as those of a single sweep or chain do not; "
-            "ask for more sweeps or chains"
-        )
-    return result
+def _is_settled(last: Round, now: Round) -> bool:
+    errors = now.errors(1.0)
+    allowed = SETTLED * (last.errors(1.0).square() + errors.square()).sqrt() + EXACT
+    agree = bool(((now.log_z(1.0) - last.log_z(1.0)).abs() <= allowed).all())
+    return (
+        agree
+        and bool((errors <= MAX_ERROR).all())
+        and all(bool((now.sizes(power) >= MIN_SIZE).all()) for power in (0.0, 1.0))
+    )
 
 
-def _agree(last: Round, now: Round) -> bool:
-    allowed = SETTLED * (last.errors.square() + now.errors.square()).sqrt() + EXACT
-    return bool(((now.log_z - last.log_z).abs() <= allowed).all())
+def _refuse_few_draws(model: Model, name: str, now: Round, power: float, rounds: int) -> NoReturn:
+    sizes = now.sizes(power)
+    c, m = divmod(int(sizes.argmin()), sizes.shape[1])
+    raise InfeasibleModel(
+        f"fit_cut_mixture: factor {name!r}: in round {rounds} the posterior of member {m} has {float(sizes[c, m]):.3g} "
+        f"effective draws in context {c} ({model.prior.prompts[c]!r}), fewer than {MIN_SIZE:g}, at {power:.3g} of its "
+        "evidence, so that its Z says nothing; raise num_draws=, use an engine whose draws follow the model (MCMC, "
+        "SMC), or raise beta"
+    )
 
 
-def _refuse_unsettled(model: Model, name: str, now: Round, rounds: int) -> None:
-    place = int(now.sizes.argmin())
-    c, k = divmod(place, now.sizes.shape[1])
-    who = "the model without the members" if k == 0 else f"member {k - 1}"
-    size, where = float(now.sizes[c, k]), f"in context {c} ({model.prior.prompts[c]!r})"
-    if size < MIN_SIZE:
+def _refuse_unsettled(model: Model, name: str, now: Round, power: float, rounds: int) -> NoReturn:
+    if bool((now.sizes(power) < MIN_SIZE).any()):
+        _refuse_few_draws(model, name, now, power, rounds)
+    errors = now.errors(power)
+    if bool((errors > MAX_ERROR).any()):
+        c, m = divmod(int(errors.argmax()), errors.shape[1])
         raise InfeasibleModel(
-            f"fit_cut_mixture: factor {name!r}: after {rounds} rounds the posterior of {who} has {size:.3g} effective "
-            f"draws {where}, fewer than {MIN_SIZE:g}, so that its Z says nothing; raise num_draws=, use an engine "
-            "whose draws follow the model (MCMC, SMC), or raise beta"
+            f"fit_cut_mixture: factor {name!r}: after {rounds} rounds log Z of member {m} has a standard error of "
+            f"{float(errors[c, m]):.2g} nats in context {c} ({model.prior.prompts[c]!r}), more than {MAX_ERROR:g}; raise "
+            "num_draws=, or use an engine whose draws follow the model (MCMC, SMC)"
         )
     raise InfeasibleModel(
-        f"fit_cut_mixture: factor {name!r}: {rounds} rounds do not agree on log Z_m within their errors; raise "
-        "max_rounds= or num_draws=, or use an engine whose draws follow the model (MCMC, SMC)"
+        f"fit_cut_mixture: factor {name!r}: {rounds} rounds have not settled (they reach {power:.3g} of the members' "
+        "evidence); raise max_rounds= or num_draws=, or use an engine whose draws follow the model (MCMC, SMC)"
     )

@@ -103,7 +103,7 @@ class LaplaceLastLayer(SequenceClassifier):
             raise ModelError(f"LaplaceLastLayer.fit: got centre={centre!r}, expected 'zero' or 'model'")
         first, second = _read_data(data)
         name, linear = _last_linear(model, layer)
-        options = {"batch_size": batch_size, "max_length": max_length}
+        options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
         width = linear.in_features
         reader = cls(model, tokenizer, name, torch.zeros(width), torch.eye(width), **options)
         reader.check_layer(linear, first[:4])
@@ -182,11 +182,12 @@ def gaussian_head(design: Tensor, start: Tensor, scale: float) -> tuple[Tensor, 
         if float(gradient.abs().max()) <= allowed:
             return theta, torch.cholesky_inverse(torch.linalg.cholesky(hessian(theta)))
         step = torch.linalg.solve(hessian(theta), gradient)
-        for k in range(HALVINGS):
-            new = theta - 2.0**-k * step
-            if float(loss(new)) <= float(value):
+        for _ in range(HALVINGS):
+            if float(loss(theta - step)) <= float(value):
                 break
-        theta, value = new, loss(new)
+            step = 0.5 * step
+        theta = theta - step
+        value = loss(theta)
     raise ModelError(
         f"LaplaceLastLayer.fit: Newton's method has not settled in {NEWTON_STEPS} steps; lower prior_scale={scale:g}, "
         "or check the features for values of very different size"
