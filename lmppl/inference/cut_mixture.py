@@ -329,8 +329,8 @@ def _refuse_unsettled(model: Model, name: str, now: Round, power: float, rounds:
         c, m = divmod(int(errors.argmax()), errors.shape[1])
         raise InfeasibleModel(
             f"fit_cut_mixture: factor {name!r}: after {rounds} rounds log Z of member {m} has a standard error of "
-            f"{float(errors[c, m]):.2g} nats in context {c} ({model.prior.prompts[c]!r}), more than {MAX_ERROR:g}; raise "
-            "num_draws=, or use an engine whose draws follow the model (MCMC, SMC)"
+            f"{float(errors[c, m]):.2g} nats in context {c} ({model.prior.prompts[c]!r}), more than {MAX_ERROR:g}; "
+            "raise num_draws=, or use an engine whose draws follow the model (MCMC, SMC)"
         )
     raise InfeasibleModel(
         f"fit_cut_mixture: factor {name!r}: {rounds} rounds have not settled (they reach {power:.3g} of the members' "
