@@ -27,11 +27,11 @@ declared = prior * lmppl.Moment(female, 0.5, range=(0, 1))
 
 
 if __name__ == "__main__":
-    share = lmppl.infer(prior, lmppl.Importance(400), seed=1).expectation(female)
+    share = lmppl.infer(prior, lmppl.Importance(320), seed=1).expectation(female)
     p = float(share.value)
     print(f"prior: {p:.0%} female; so λ is about {math.log((1 - p) / p):.2f}", end="")
     print(f" and KL about {0.5 * math.log(1 / (4 * p * (1 - p))):.2f} nats\n")
-    fit = lmppl.fit_moments(declared, lmppl.Importance(400))
+    fit = lmppl.fit_moments(declared, lmppl.Importance(320))
     print(fit, end="\n\n")
     stories = lmppl.infer(fit.model, lmppl.Rejection(8, batch=32), seed=2).draws.text
     for is_female, story in zip(female(stories), stories, strict=True):

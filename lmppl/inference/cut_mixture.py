@@ -303,11 +303,8 @@ def _is_settled(last: Round, now: Round) -> bool:
     errors = now.errors(1.0)
     allowed = SETTLED * (last.errors(1.0).square() + errors.square()).sqrt() + EXACT
     agree = bool(((now.log_z(1.0) - last.log_z(1.0)).abs() <= allowed).all())
-    return (
-        agree
-        and bool((errors <= MAX_ERROR).all())
-        and all(bool((now.sizes(power) >= MIN_SIZE).all()) for power in (0.0, 1.0))
-    )
+    enough = all(bool((now.sizes(power) >= MIN_SIZE).all()) for power in (0.0, 1.0))
+    return agree and enough and bool((errors <= MAX_ERROR).all())
 
 
 def _refuse_few_draws(model: Model, name: str, now: Round, power: float, rounds: int) -> NoReturn:

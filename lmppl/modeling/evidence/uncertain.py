@@ -35,9 +35,8 @@ class UncertainReward(Factor):
 
     `Mean()` E[r]/β; `Marginal()` log E[e^{r/β}]; `Robust(κ)` −κ log E[e^{−r/κβ}]; `LowerBound(k)` (m − k·s)/β;
     `Quantile(t)` Q_t(r)/β; `Moderated()` log E[σ(r/β)]; `CutMixture()` the mixture of the members' posteriors; see
-    `lmppl.modeling.evidence.attitudes`. In nats. To tread
-    lightly where the reward is uncertain, choose `Robust`, `LowerBound` or `Quantile` with t < ½: they penalise
-    spread at every mean. Source: `coste2024` for ensembles of reward models.
+    `lmppl.modeling.evidence.attitudes`. In nats. To tread lightly where the reward is uncertain, choose `Robust`,
+    `LowerBound` or `Quantile` with t < ½: they penalise spread at every mean. Source: `coste2024` for ensembles of reward models.
 
     Parameters
     ----------
