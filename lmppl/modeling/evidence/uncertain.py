@@ -13,7 +13,6 @@ from torch import Tensor
 from lmppl.errors import FactorError, ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.declared_functions import to_feature
-from lmppl.modeling.evidence import attitudes
 from lmppl.modeling.evidence.attitudes import Attitude, Mean, check_number
 from lmppl.modeling.evidence.belief_reading import read_belief
 from lmppl.modeling.evidence.beliefs import Distributed, Gaussian, Members
@@ -36,7 +35,8 @@ class UncertainReward(Factor):
     `Mean()` E[r]/β; `Marginal()` log E[e^{r/β}]; `Robust(κ)` −κ log E[e^{−r/κβ}]; `LowerBound(k)` (m − k·s)/β;
     `Quantile(t)` Q_t(r)/β; `Moderated()` log E[σ(r/β)]; `CutMixture()` the mixture of the members' posteriors; see
     `lmppl.modeling.evidence.attitudes`. In nats. To tread lightly where the reward is uncertain, choose `Robust`,
-    `LowerBound` or `Quantile` with t < ½: they penalise spread at every mean. Source: `coste2024` for ensembles of reward models.
+    `LowerBound` or `Quantile` with t < ½: they penalise spread at every mean. Source: `coste2024` for ensembles of
+    reward models.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class UncertainReward(Factor):
     --------
     >>> from lmppl import Robust
     >>> UncertainReward(lambda texts: [[1.0, 2.0]] * len(texts), beta=0.5, attitude=Robust(2), name="r").formula
-    'E[exp(-r(x)/1)]^-2'
+    'E[exp(-r(x))]^-2'
     """
 
     beta: float
@@ -177,7 +177,9 @@ class UncertainReward(Factor):
         cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
     ) -> Self:
         """The factor that `describe` described, from its features; the attitude is one of lmppl's."""
-        attitude = getattr(attitudes, data["attitude"])(**data["options"])
+        from lmppl.modeling import evidence
+
+        attitude = getattr(evidence, data["attitude"])(**data["options"])
         return cls(
             replace(features[0], on=data["on"]),
             float(data["beta"]),
