@@ -78,3 +78,12 @@ def test_enumerate_runs_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "log Z" in printed
     assert "bbbb" in printed
+
+
+def test_balanced_runs_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    path = EXAMPLES / "balanced.py"
+    runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    assert "KL(π*‖π0)" in printed
+    assert "she  There was a bear" in printed

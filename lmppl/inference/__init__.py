@@ -7,6 +7,7 @@ from lmppl.inference.beam_search import Beam, Greedy
 from lmppl.inference.best_of_n import BestOfN, best_of_n_law, soft_best_of_n_law
 from lmppl.inference.bounds import Sandwich, sandwich
 from lmppl.inference.conditional_smc import conditional_smc, particle_gibbs_step
+from lmppl.inference.cut_mixture import CutMixtureFit, fit_cut_mixture
 from lmppl.inference.engine import Budget, Engine, Guarantee, Part, Request, Shard, shard_generator
 from lmppl.inference.exact import Exact
 from lmppl.inference.guided import GuidedLM
@@ -51,6 +52,7 @@ __all__ = [
     "Budget",
     "Chains",
     "ClassConditional",
+    "CutMixtureFit",
     "Engine",
     "Exact",
     "ExactTable",
@@ -88,6 +90,7 @@ __all__ = [
     "best_of_n_law",
     "conditional_annealing",
     "conditional_smc",
+    "fit_cut_mixture",
     "fit_moments",
     "infer",
     "learn_twist",

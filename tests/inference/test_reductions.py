@@ -17,7 +17,7 @@ from lmppl.inference.mcmc import MCMC, TokenGibbs
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.target import Target
-from tests.models import TOLERANCE, all_outcomes, brute_force, count_of, enumerable_models, wavy
+from tests.models import TOLERANCE, all_outcomes, brute_force, count_of, enumerable_models, has_no, wavy
 
 LMS = pytest.mark.parametrize(
     "lm", [lm for _, lm in enumerable_models()], ids=[name for name, _ in enumerable_models()]
@@ -71,6 +71,23 @@ def test_the_fitted_model_is_the_nearest_one(lm: LanguageModel) -> None:
         assert float((fitted - torch.log_softmax(base + f @ mine, 0)).nan_to_num(0.0).abs().max()) < TOLERANCE
         kl = (fitted.exp() * (fitted - brute.log_prior).nan_to_num(0.0)).sum()
         assert float(fit.kl_prior[context]) == pytest.approx(float(kl), abs=TOLERANCE)
+
+
+@LMS
+def test_a_moment_beside_a_constraint_and_a_reward(lm: LanguageModel) -> None:
+    """The I-projection of prior × reward × constraint: π*/p0 is exp(λf) on what is allowed, and E[f] = μ."""
+    others = lm * lmppl.Reward(wavy, beta=0.7) * lmppl.Constraint(has_no("c"), name="no_c")
+    fit = lmppl.fit_moments(others * lmppl.Moment(count_of("a"), 0.9, name="a"))
+    for context in range(lm.num_contexts):
+        base, fitted = brute_force(others, context), brute_force(fit.model, context).log_posterior
+        texts = list(base.sequences.text)
+        f = torch.tensor(count_of("a")(texts)).double()
+        assert float(fitted.exp() @ f) == pytest.approx(0.9, abs=TOLERANCE)
+        multiplier = fit.multipliers["a"].value[context, 0]
+        wanted = torch.log_softmax(base.log_posterior + multiplier * f, 0)
+        assert float((fitted - wanted).nan_to_num(0.0).abs().max()) < TOLERANCE
+        allowed = torch.tensor(has_no("c")(texts))
+        assert bool((fitted[~allowed] == -math.inf).all())
 
 
 @LMS

@@ -14,6 +14,7 @@ import lmppl
 from lmppl.errors import FactorError, ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.attitudes import Attitude
 from lmppl.modeling.target import Target
 from tests.models import TOLERANCE, all_outcomes, brute_force, enumerable_models, wavy
 
@@ -270,6 +271,48 @@ def test_what_is_no_belief_is_told(name: str) -> None:
     with pytest.raises(kind, match=told) as caught:
         lmppl.infer(model, lmppl.Importance(16), seed=0)
     assert str(caught.value).startswith("factor 'r': belief")
+
+
+HEAVY: dict[str, tuple[Attitude, Callable[[int], Any], str]] = {
+    "student, marginal": (
+        lmppl.Marginal(),
+        lambda n: torch.distributions.StudentT(torch.full((n,), 3.0)),
+        r"E\[exp\(r/β\)\] is infinite at beta=0.5 \(the reward's right tail is too heavy\) for the text '.*'; raise",
+    ),
+    "log-normal, marginal": (
+        lmppl.Marginal(),
+        lambda n: torch.distributions.LogNormal(torch.zeros(n), torch.ones(n)),
+        "the reward's right tail is too heavy",
+    ),
+    "gamma, marginal": (  # finite for β > 1, infinite below
+        lmppl.Marginal(),
+        lambda n: torch.distributions.Gamma(torch.ones(n), torch.ones(n)),
+        "right tail is too heavy.*raise beta, or choose Mean",
+    ),
+    "student, robust": (
+        lmppl.Robust(1.0),
+        lambda n: torch.distributions.StudentT(torch.full((n,), 3.0)),
+        "left tail is too heavy.*raise kappa",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HEAVY))
+@pytest.mark.parametrize("engine", ["exact", "importance", "mcmc"])
+def test_infinite_evidence_is_one_error_of_the_factor(name: str, engine: str) -> None:
+    """A reward posterior with infinite marginal evidence: by every engine the same sentence, which names the factor."""
+    attitude, value, told = HEAVY[name]
+    model = TabularLM.random(3, 2, seed=5) * lmppl.UncertainReward(returning(value), 0.5, attitude, name="r")
+    with pytest.raises(FactorError, match=f"^factor 'r': belief: .*{told}"):
+        lmppl.infer(model, engine)
+
+
+@pytest.mark.parametrize("engine", ["exact", "importance", "mcmc"])
+def test_an_ensemble_of_one_is_one_error_of_the_factor(engine: str) -> None:
+    for value in (lambda n: torch.zeros(n, 1), lambda n: [[0.5]] * n):
+        model = TabularLM.random(3, 2, seed=5) * lmppl.UncertainReward(returning(value), 1.0, lmppl.Mean(), name="r")
+        with pytest.raises(ShapeError, match=r"^factor 'r': belief returned an ensemble of one.*declare it as Reward"):
+            lmppl.infer(model, engine)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from lmppl.modeling.evidence.attitudes import LowerBound, Marginal, Mean, Modera
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.bag_of_words import BagOfWords
 from lmppl.modeling.evidence.constraint import Constraint
+from lmppl.modeling.evidence.cut_mixture import CutMixture
 from lmppl.modeling.evidence.languages import (
     Banned,
     Combination,
@@ -21,6 +22,7 @@ from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
 from lmppl.modeling.evidence.remote_judge import RemoteJudge
 from lmppl.modeling.evidence.reward import Optimality, Reward
+from lmppl.modeling.evidence.reward_sources import DeepEnsemble, LaplaceLastLayer, MCDropout, PosteriorDraws
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 
 __all__ = [
@@ -31,13 +33,17 @@ __all__ = [
     "Combination",
     "Constraint",
     "Contains",
+    "CutMixture",
+    "DeepEnsemble",
     "Finished",
     "Grammar",
     "InfillingFactor",
     "JsonSchema",
     "LMFactor",
     "Language",
+    "LaplaceLastLayer",
     "LowerBound",
+    "MCDropout",
     "Marginal",
     "MaxWords",
     "Mean",
@@ -45,6 +51,7 @@ __all__ = [
     "Moment",
     "OneOf",
     "Optimality",
+    "PosteriorDraws",
     "PowerPrior",
     "Quantile",
     "Regex",

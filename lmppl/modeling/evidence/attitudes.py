@@ -12,6 +12,7 @@ Of a Gaussian belief N(m, s²) at temperature β:
 | `LowerBound(k)` | (m − k·s)/β | the same | falls |
 | `Quantile(t)` | Q_t(r)/β | (m + s·Φ⁻¹(t))/β | falls for t < ½ |
 | `Moderated()` | log E[σ(r/β)] | by quadrature | falls for m > 0, rises for m < 0 |
+| `CutMixture()` | log mean_m e^{r_m/β − log Z_m(c)} | – (of an ensemble) | each member has the same share |
 """
 
 from __future__ import annotations
@@ -30,13 +31,41 @@ from lmppl.errors import ModelError
 from lmppl.modeling.evidence.beliefs import Belief
 from lmppl.modeling.user_functions import RowError
 
-__all__ = ["Attitude", "LowerBound", "Marginal", "Mean", "Moderated", "Quantile", "Robust", "check_number"]
+__all__ = [
+    "Attitude",
+    "LowerBound",
+    "Marginal",
+    "Mean",
+    "Moderated",
+    "Quantile",
+    "Robust",
+    "check_number",
+    "over",
+]
 
 
 class Attitude(ABC):
     """What a belief about r is worth; one of yours is a frozen dataclass that defines `log_factor` and `formula`."""
 
     estimable: ClassVar[bool] = False  # whether the mean over fresh samples of r estimates φ without bias
+    reads_context: ClassVar[bool] = False  # whether one belief is worth more in one context than in another
+
+    @property
+    def unfitted(self) -> Attitude:
+        """The attitude as it reads beliefs, without what is fitted later: so that a gate still shares the feature."""
+        return self
+
+    def judged(self, belief: Belief, beta: float) -> Tensor:
+        """(B, K) what is kept of beliefs, beside mean and spread; by default log φ, K = 1."""
+        return self.log_factor(belief, beta)[:, None]
+
+    def log_factor_of(self, judged: Tensor, context: Tensor | None) -> Tensor:
+        """(B,) log φ of what `judged` kept (B, K), and of the contexts (B,) of an attitude that reads them."""
+        return judged[:, 0]
+
+    def refusal(self, num_contexts: int) -> str:
+        """Why no run can begin yet with a prior of `num_contexts` contexts; "" where it can."""
+        return ""
 
     @abstractmethod
     def log_factor(self, belief: Belief, beta: float) -> Tensor:
@@ -61,7 +90,7 @@ class Mean(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """exp(E[r]/β)."""
-        return f"exp(E[{reward}]{_over(beta)})"
+        return f"exp(E[{reward}]{over(beta)})"
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,7 @@ class Marginal(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """E[exp(r/β)]."""
-        return f"E[exp({reward}{_over(beta)})]"
+        return f"E[exp({reward}{over(beta)})]"
 
 
 @dataclass(frozen=True)
@@ -110,7 +139,7 @@ class Robust(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """E[exp(−r/κβ)]^−κ."""
-        return f"E[exp(-{reward}{_over(self.kappa * beta)})]^-{self.kappa:g}"
+        return f"E[exp(-{reward}{over(self.kappa * beta)})]^-{self.kappa:g}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +169,7 @@ class LowerBound(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """exp((m − k·s)/β)."""
-        return f"exp((E[{reward}] - {self.k:g} sd[{reward}]){_over(beta)})"
+        return f"exp((E[{reward}] - {self.k:g} sd[{reward}]){over(beta)})"
 
 
 @dataclass(frozen=True)
@@ -164,7 +193,7 @@ class Quantile(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """exp(Q_t[r]/β)."""
-        return f"exp(Q{self.level:g}[{reward}]{_over(beta)})"
+        return f"exp(Q{self.level:g}[{reward}]{over(beta)})"
 
 
 @dataclass(frozen=True)
@@ -187,10 +216,11 @@ class Moderated(Attitude):
 
     def formula(self, reward: str, beta: float) -> str:
         """E[σ(r/β)]."""
-        return f"E[σ({reward}{_over(beta)})]"
+        return f"E[σ({reward}{over(beta)})]"
 
 
-def _over(beta: float) -> str:
+def over(beta: float) -> str:
+    """What stands after a reward that is divided by β."""
     return "" if beta == 1 else f"/{beta:g}"
 
 

@@ -17,7 +17,7 @@ from lmppl.errors import ShapeError
 from lmppl.modeling.evidence.beliefs import Belief, Distributed, Gaussian, Members
 from lmppl.modeling.returned_values import Batch, read_column
 
-__all__ = ["read_belief"]
+__all__ = ["read_belief", "read_finite"]
 
 
 def read_belief(values: Any, batch: Batch) -> Belief:
@@ -49,7 +49,7 @@ def _read_moments(values: tuple[Any, ...], batch: Batch) -> Gaussian:
             "an ensemble is a list, an array or a tensor (B, M)"
         )
     mean, spread = (
-        _read_finite(one, replace(batch, head=f"{batch.head}, {what},"))
+        read_finite(one, replace(batch, head=f"{batch.head}, {what},"))
         for one, what in zip(values, ("means", "standard deviations"), strict=True)
     )
     for what, column in (("means", mean), ("standard deviations", spread)):
@@ -69,7 +69,7 @@ def _read_members(values: Any, batch: Batch) -> Tensor:
             f"{batch.head} returned an ensemble of one, which has no spread; declare it as Reward, or return (B, M) "
             "with M ≥ 2"
         )
-    members = _read_finite(values, batch)
+    members = read_finite(values, batch)
     if members.dim() != 2:
         raise ShapeError(
             f"{batch.head} returned one number for each text, expected a belief: an ensemble (B, M), a tuple (means, "
@@ -82,7 +82,8 @@ def _is_single(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 1
 
 
-def _read_finite(values: Any, batch: Batch) -> Tensor:
+def read_finite(values: Any, batch: Batch) -> Tensor:
+    """As `read_column`, of finite numbers: −inf is an error too."""
     column = read_column(values, batch)
     infinite = torch.nonzero(column == -inf)
     if len(infinite):

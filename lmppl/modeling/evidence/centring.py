@@ -23,7 +23,7 @@ from lmppl.modeling.factors import Factor, Feature, FeatureInput
 from lmppl.modeling.user_functions import returned
 from lmppl.sequences import Sequences
 
-__all__ = ["CentredBeliefs", "centred"]
+__all__ = ["CentredBeliefs", "centred", "unwrapped"]
 
 _CENTRES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -75,9 +75,14 @@ class CentredBeliefs:
         return centres
 
 
+def unwrapped(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's function, where `fn` centres it."""
+    return fn.fn if isinstance(fn, CentredBeliefs) else fn
+
+
 def centred(factor: Factor, lm: LanguageModel, num_references: int) -> Factor:
-    """The factor whose only feature is centred over draws of `lm`."""
-    (feature,) = factor.features
+    """The factor whose first feature is centred over draws of `lm`."""
+    feature, *others = factor.features
     inner = feature.fn
     if isinstance(inner, CentredBeliefs):
         if inner.lm is lm:
@@ -85,5 +90,5 @@ def centred(factor: Factor, lm: LanguageModel, num_references: int) -> Factor:
         feature = replace(feature, fn=inner.fn, on=inner.on)
     beliefs = CentredBeliefs(feature.fn, feature.on, feature.name, lm, num_references)
     bound = copy.copy(factor)
-    object.__setattr__(bound, "features", (replace(feature, fn=beliefs, on="ids"),))
+    object.__setattr__(bound, "features", (replace(feature, fn=beliefs, on="ids"), *others))
     return bound

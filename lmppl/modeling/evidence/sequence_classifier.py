@@ -30,6 +30,8 @@ class SequenceClassifier:
         Texts in one forward; texts of similar length go together, padded on the right.
     max_length : int, optional
         Cut texts to this many tokens; if None, a text that is too long is an error.
+    owner : str
+        Whom errors name.
 
     Raises
     ------
@@ -45,24 +47,25 @@ class SequenceClassifier:
         log_prob: bool = False,
         batch_size: int = 32,
         max_length: int | None = None,
+        owner: str = "Reward.from_pretrained",
     ) -> None:
         config: Any = getattr(model, "config", None)
         if getattr(config, "num_labels", None) is None or not callable(model):
             raise ModelError(
-                f"Reward.from_pretrained: got {type(model).__name__}, expected a name, a path or a "
+                f"{owner}: got {type(model).__name__}, expected a name, a path or a "
                 "transformers sequence-classification model"
             )
         if not callable(tokenizer):
-            raise ModelError("Reward.from_pretrained: a loaded model needs its tokenizer=")
+            raise ModelError(f"{owner}: a loaded model needs its tokenizer=")
         if getattr(model, "training", False):
-            raise ModelError("Reward.from_pretrained: the model is in training mode (dropout is on); call model.eval()")
+            raise ModelError(f"{owner}: the model is in training mode (dropout is on); call model.eval()")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ModelError(f"Reward.from_pretrained: got batch_size={batch_size!r}, expected at least 1")
+            raise ModelError(f"{owner}: got batch_size={batch_size!r}, expected at least 1")
         if batch_size > 1:
-            _check_padding(config, tokenizer)
+            _check_padding(config, tokenizer, owner)
         self.model, self.tokenizer, self.label = model, tokenizer, label
         self.batch_size, self.max_length = batch_size, max_length
-        self.column = _column_of(config, label)
+        self.column = _column_of(config, label, owner)
         self.is_multi_label = config.problem_type == "multi_label_classification"
         self.is_log_prob = config.problem_type != "regression" and (log_prob or config.num_labels > 1)
         limits = (
@@ -72,13 +75,31 @@ class SequenceClassifier:
         self.longest = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
         self.__name__ = label or type(model).__name__
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str]) -> Any:
+        """(B,) the values of the output that is meant."""
+        return self.values(texts)
+
+    def values(self, texts: list[str]) -> Tensor:
+        """(B,) the logit or log-probability of the output that is meant."""
+        logits = self.logits(texts)
+        if not self.is_log_prob:
+            column: Tensor = logits[:, self.column]
+        elif logits.shape[1] == 1 or self.is_multi_label:
+            column = torch.nn.functional.logsigmoid(logits[:, self.column])
+        else:
+            column = torch.log_softmax(logits, -1)[:, self.column]
+        return column
+
+    def logits(self, texts: list[str]) -> Tensor:
+        """(B, L) what the model calls logits, float64 on the CPU."""
+        if not texts:
+            return torch.zeros(0, self.model.config.num_labels, dtype=torch.float64)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        values = torch.empty(len(texts), dtype=torch.float64)
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            values[rows] = self._forward([texts[i] for i in rows])
-        return values
+        parts = [
+            self._forward([texts[i] for i in order[start : start + self.batch_size]])
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
     @torch.no_grad()
     def _forward(self, texts: list[str]) -> Tensor:
@@ -95,39 +116,31 @@ class SequenceClassifier:
                 f"a text has {int(lengths.max())} tokens, more than the {self.longest} that the model reads; "
                 "cut texts with max_length=, or lower the prior's max_new_tokens"
             )
-        logits = self.model(**batch.to(self.model.device)).logits.double().cpu()
-        if not self.is_log_prob:
-            column: Tensor = logits[:, self.column]
-        elif logits.shape[1] == 1 or self.is_multi_label:
-            column = torch.nn.functional.logsigmoid(logits[:, self.column])
-        else:
-            column = torch.log_softmax(logits, -1)[:, self.column]
-        return column
+        logits: Tensor = self.model(**batch.to(self.model.device)).logits
+        return logits.double().cpu()
 
 
-def _check_padding(config: Any, tokenizer: Any) -> None:
+def _check_padding(config: Any, tokenizer: Any, owner: str) -> None:
     """A model that reads its last token finds it by its own pad id, which must be what rows are padded with."""
     of_model = getattr(getattr(config, "get_text_config", lambda: config)(), "pad_token_id", None)
     if tokenizer.pad_token_id is None or of_model is None:
         raise ModelError(
-            "Reward.from_pretrained: no padding token; load model and tokenizer yourself and set "
+            f"{owner}: no padding token; load model and tokenizer yourself and set "
             "tokenizer.pad_token and model.config.pad_token_id, or read texts one by one with batch_size=1"
         )
     if tokenizer.pad_token_id != of_model:
         raise ModelError(
-            f"Reward.from_pretrained: the tokenizer pads with {tokenizer.pad_token_id}, but "
+            f"{owner}: the tokenizer pads with {tokenizer.pad_token_id}, but "
             f"model.config.pad_token_id={of_model}; set them equal, or read texts one by one with batch_size=1"
         )
 
 
-def _column_of(config: Any, label: str | None) -> int:
+def _column_of(config: Any, label: str | None, owner: str) -> int:
     labels = {str(name): int(i) for i, name in config.id2label.items()}
     if config.num_labels == 1:
         if label is not None and label not in labels:
-            raise ModelError(
-                f"Reward.from_pretrained: got label={label!r}, but the model has the one output {list(labels)}"
-            )
+            raise ModelError(f"{owner}: got label={label!r}, but the model has the one output {list(labels)}")
         return 0
     if label not in labels:
-        raise ModelError(f"Reward.from_pretrained: got label={label!r}, expected one of the model's {list(labels)}")
+        raise ModelError(f"{owner}: got label={label!r}, expected one of the model's {list(labels)}")
     return labels[label]

@@ -13,11 +13,11 @@ from torch import Tensor
 from lmppl.errors import FactorError, ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.declared_functions import to_feature
-from lmppl.modeling.evidence import attitudes
 from lmppl.modeling.evidence.attitudes import Attitude, Mean, check_number
 from lmppl.modeling.evidence.belief_reading import read_belief
 from lmppl.modeling.evidence.beliefs import Distributed, Gaussian, Members
-from lmppl.modeling.evidence.centring import centred
+from lmppl.modeling.evidence.centring import CentredBeliefs, centred, unwrapped
+from lmppl.modeling.evidence.moments import context_of
 from lmppl.modeling.evidence.reward import applied
 from lmppl.modeling.factors import Factor, Feature, FeatureInput
 from lmppl.modeling.returned_values import Batch
@@ -26,24 +26,25 @@ from lmppl.sequences import Sequences
 
 __all__ = ["SpreadGate", "UncertainReward"]
 
-MEAN, SPREAD, LOG_FACTOR = range(3)  # columns of the feature
+MEAN, SPREAD, JUDGED = range(3)  # columns of the feature; the attitude's own are the last ones
 
 
 class UncertainReward(Factor):
     """A reward r that is known up to a belief p(r|x), at temperature β: log φ(x) is what an attitude makes of it.
 
     `Mean()` E[r]/β; `Marginal()` log E[e^{r/β}]; `Robust(κ)` −κ log E[e^{−r/κβ}]; `LowerBound(k)` (m − k·s)/β;
-    `Quantile(t)` Q_t(r)/β; `Moderated()` log E[σ(r/β)]; see `lmppl.modeling.evidence.attitudes`. In nats. To tread
-    lightly where the reward is uncertain, choose `Robust`, `LowerBound` or `Quantile` with t < ½: they penalise
-    spread at every mean. Source: `coste2024` for ensembles of reward models.
+    `Quantile(t)` Q_t(r)/β; `Moderated()` log E[σ(r/β)]; `CutMixture()` the mixture of the members' posteriors; see
+    `lmppl.modeling.evidence.attitudes`. In nats. To tread lightly where the reward is uncertain, choose `Robust`,
+    `LowerBound` or `Quantile` with t < ½: they penalise spread at every mean. Source: `coste2024` for ensembles of
+    reward models.
 
     Parameters
     ----------
     fn : callable or Feature
         Of a list of texts (see `Feature.fn`), gives the belief about each: an ensemble's rewards (B, M); a tuple of
         means (B,) and standard deviations (B,), read as Gaussian; or a distribution of torch or Pyro of batch shape
-        (B,). A Bayesian reward model, members of an ensemble, passes of dropout with masks that are fixed, draws from a
-        posterior over the last layer: all are such functions. It must be a function of the text, unless `stochastic`.
+        (B,). `DeepEnsemble`, `MCDropout`, `LaplaceLastLayer` and `PosteriorDraws` make such functions. It must be a
+        function of the text, unless `stochastic`.
     beta : float
         β > 0, in the units of r.
     attitude : Attitude
@@ -75,7 +76,7 @@ class UncertainReward(Factor):
     --------
     >>> from lmppl import Robust
     >>> UncertainReward(lambda texts: [[1.0, 2.0]] * len(texts), beta=0.5, attitude=Robust(2), name="r").formula
-    'E[exp(-r(x)/1)]^-2'
+    'E[exp(-r(x))]^-2'
     """
 
     beta: float
@@ -113,24 +114,12 @@ class UncertainReward(Factor):
         if num_references is not None:
             _check_references(num_references, upper, feature)
         bound = attitude.upper(upper, beta)
-
-        def log_factor(columns: dict[str, Tensor]) -> Tensor:
-            (column,) = columns.values()
-            value = column[:, LOG_FACTOR]
-            above = torch.nonzero(value > bound)
-            if len(above):
-                row = int(above[0, 0])
-                raise RowError(
-                    row,
-                    f"got log φ = {float(value[row]):g} for",
-                    f", above {bound:g}, which the declared upper={upper:g} allows; a bound is never clipped",
-                )
-            return value
-
+        judgement = replace(feature, read=Judgement(attitude.unfitted, beta, feature.stochastic))
+        context = (Feature("context", context_of, on="ids"),) if attitude.reads_context else ()
         super().__init__(
             name=name or feature.name,
-            features=(replace(feature, read=Judgement(attitude, beta, feature.stochastic)),),
-            log_factor=log_factor,
+            features=(judgement, *context),
+            log_factor=_log_factor(attitude, bound, upper),
             upper=bound,
             hard=False,
             formula=attitude.formula(applied(feature), beta),
@@ -141,31 +130,56 @@ class UncertainReward(Factor):
         object.__setattr__(self, "reward_upper", upper)
         object.__setattr__(self, "num_references", num_references)
 
+    def with_attitude(self, attitude: Attitude) -> Self:
+        """The same reward and name, judged by another attitude."""
+        other = type(self)(
+            replace(self.features[0], fn=unwrapped(self.features[0].fn), on=self._on),
+            self.beta,
+            attitude,
+            num_references=self.num_references,
+            name=self.name,
+            upper=self.reward_upper,
+        )
+        object.__setattr__(other, "named", self.named)
+        return other
+
     def gate(self, max_spread: float, *, name: str | None = None) -> SpreadGate:
         """The constraint that r is known well enough: s(x) ≤ `max_spread`; `fn` still runs once on each text."""
         return SpreadGate(self, max_spread, name=name)
 
     def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
-        """As `Factor.bind`: centred members know the prior whose draws they are centred over."""
+        """As `Factor.bind`: centred members know the prior whose draws they are centred over; a run needs a fit."""
+        refusal = self.attitude.refusal(lm.num_contexts) if log_factor is not None else ""
+        if refusal:
+            raise ModelError(f"factor {self.name!r}: {refusal}")
         return self if self.num_references is None else centred(self, lm, self.num_references)
 
     def describe(self) -> dict[str, Any]:
         """As `Factor.describe`, with β, the attitude, the bound in the units of the reward, and the references."""
         return super().describe() | {
+            "users_features": 1,
             "beta": self.beta,
             "attitude": type(self.attitude).__name__,
             "options": dict(vars(self.attitude)),
             "reward_upper": self.reward_upper,
             "num_references": self.num_references,
-            "on": getattr(self.features[0].fn, "on", self.features[0].on),  # of the function inside, where centred
+            "on": self._on,
         }
+
+    @property
+    def _on(self) -> FeatureInput:
+        """What the user's function reads, which is inside where members are centred."""
+        fn = self.features[0].fn
+        return fn.on if isinstance(fn, CentredBeliefs) else self.features[0].on
 
     @classmethod
     def from_description(
         cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
     ) -> Self:
         """The factor that `describe` described, from its features; the attitude is one of lmppl's."""
-        attitude = getattr(attitudes, data["attitude"])(**data["options"])
+        from lmppl.modeling import evidence
+
+        attitude = getattr(evidence, data["attitude"])(**data["options"])
         return cls(
             replace(features[0], on=data["on"]),
             float(data["beta"]),
@@ -207,7 +221,7 @@ class SpreadGate(Factor):
         feature = reward.features[0]
         super().__init__(
             name=name or f"{reward.name}_known",
-            features=reward.features,
+            features=(feature,),
             log_factor=log_factor,
             upper=0.0,
             hard=True,
@@ -242,7 +256,9 @@ class SpreadGate(Factor):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Reads what a function said as columns (B, 3): the mean m, the spread s, and log φ by an attitude.
+    """Reads what a function said as columns (B, 2 + K): the mean m, the spread s, and what an attitude keeps of it.
+
+    That is log φ, K = 1; of `CutMixture` it is r_m/β of each member, K = M.
 
     Parameters
     ----------
@@ -263,8 +279,8 @@ class Judgement:
                 f"{batch.head} returned {type(values).__name__}, expected samples (B, M): stochastic=True"
             )
         try:
-            value = self.attitude.log_factor(belief, self.beta)
-            return torch.stack([belief.mean, belief.spread, value], 1)
+            judged = self.attitude.judged(belief, self.beta)
+            return torch.cat([belief.mean[:, None], belief.spread[:, None], judged], 1)
         except RowError as error:
             text = batch.text(error.row)
             raise FactorError(f"{batch.head}: {error.before} the text {text}{error.after}") from error
@@ -272,12 +288,31 @@ class Judgement:
             raise FactorError(f"{batch.head}: {error}") from error
 
 
+def _log_factor(attitude: Attitude, bound: float, upper: float) -> Callable[[dict[str, Tensor]], Tensor]:
+    """log φ from the factor's columns; above its bound it is an error."""
+
+    def log_factor(columns: dict[str, Tensor]) -> Tensor:
+        column, *context = columns.values()
+        value = attitude.log_factor_of(column[:, JUDGED:], context[0] if context else None)
+        above = torch.nonzero(value > bound)
+        if len(above):
+            row = int(above[0, 0])
+            raise RowError(
+                row,
+                f"got log φ = {float(value[row]):g} for",
+                f", above {bound:g}, which the declared upper={upper:g} allows; a bound is never clipped",
+            )
+        return value
+
+    return log_factor
+
+
 def _check_attitude(attitude: object) -> None:
     if not isinstance(attitude, Attitude):
         fix = f": write {attitude.__name__}(...)" if isinstance(attitude, type) else ""
         raise ModelError(
             f"UncertainReward: got attitude={attitude!r}, expected Mean(), Marginal(), Robust(kappa), LowerBound(k), "
-            f"Quantile(level) or Moderated(){fix}"
+            f"Quantile(level), Moderated() or CutMixture(){fix}"
         )
 
 
