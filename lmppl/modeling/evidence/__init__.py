@@ -7,14 +7,24 @@ from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.hidden_classifier import HiddenClassifier
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
+from lmppl.modeling.evidence.preference import (
+    BayesianRewardModel,
+    EncoderFeatures,
+    LMFeatures,
+    Preference,
+    PreferenceDistribution,
+)
 from lmppl.modeling.evidence.reward import Optimality, Reward
 from lmppl.modeling.evidence.uncertain import SpreadGate, UncertainReward
 
 __all__ = [
     "Automaton",
     "BagOfWords",
+    "BayesianRewardModel",
     "Constraint",
+    "EncoderFeatures",
     "HiddenClassifier",
+    "LMFeatures",
     "LowerBound",
     "Marginal",
     "Mean",
@@ -22,6 +32,8 @@ __all__ = [
     "Moment",
     "Optimality",
     "PowerPrior",
+    "Preference",
+    "PreferenceDistribution",
     "Quantile",
     "Reward",
     "Robust",

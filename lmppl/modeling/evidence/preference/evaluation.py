@@ -1,0 +1,225 @@
+"""How good predictions of choices are: log-likelihood, accuracy, calibration, and posterior predictive checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmppl.modeling.evidence.preference.likelihood import log_outcomes
+from lmppl.modeling.evidence.preference.pairs import Pairs
+from lmppl.modeling.evidence.preference.posteriors import HeadPosterior
+from lmppl.sequences import Estimate
+
+__all__ = ["Calibration", "Evaluation", "PredictiveCheck", "evaluate_predictions", "predictive_checks"]
+
+NUM_BINS = 10
+NUM_REPLICATES = 1000
+SMALL = 0.01  # a p-value below it, divided by the number of checks, is a contradiction
+FIRST, SECOND, TIE = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Which share of the choices predicted with confidence c = max(p, 1 − p) was right, by c.
+
+    Parameters
+    ----------
+    count : Tensor (K,)
+        Choices in each of K bins of equal width over [½, 1].
+    confidence : Tensor (K,)
+        Their mean c; nan in an empty bin.
+    share : Tensor (K,)
+        Which share of them was right; nan in an empty bin.
+    interval : Tensor (K, 2)
+        Of the share, by Clopper and Pearson, at 0.95.
+    error : float
+        The expected calibration error Σ_k (count_k / N) |confidence_k − share_k|. Source: `guo2017`.
+    expected_error : float
+        Its mean over replicates in which every c is true: even perfect predictions have an error.
+    p_value : float
+        The share of replicates (and of the data, which is one) whose error is at least as large.
+    """
+
+    count: Tensor
+    confidence: Tensor
+    share: Tensor
+    interval: Tensor
+    error: float
+    expected_error: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class PredictiveCheck:
+    """A figure of the choices, against its law when choices are made by the fitted model.
+
+    Parameters
+    ----------
+    name : str
+        "agreement": choices that go with the posterior mean reward; "agreement of NAME"; "ties".
+    observed : float
+    interval : tuple of two floats
+        The middle 95 % of the replicates.
+    p_value : float
+        Two-sided: twice the smaller share of replicates (and the data) on one side of `observed`, ties counted on both.
+    """
+
+    name: str
+    observed: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What pairs say about a reward model.
+
+    Parameters
+    ----------
+    num_pairs, num_ties : int
+    log_likelihood : Estimate (1,)
+        Mean log P(what was said) of a pair, in nats; a coin has −0.693. Its standard error is over pairs.
+    accuracy : Estimate (1,)
+        Share of the choices in which the chosen text was the likelier one, by Clopper and Pearson.
+    calibration : Calibration
+    checks : tuple of PredictiveCheck
+    """
+
+    num_pairs: int
+    num_ties: int
+    log_likelihood: Estimate
+    accuracy: Estimate
+    calibration: Calibration
+    checks: tuple[PredictiveCheck, ...]
+
+    @property
+    def contradictions(self) -> tuple[PredictiveCheck, ...]:
+        """The checks with p < 0.01 / their number."""
+        return tuple(one for one in self.checks if one.p_value < SMALL / len(self.checks))
+
+    def __repr__(self) -> str:
+        (mean,), (error,) = self.log_likelihood.value.tolist(), self._error.tolist()
+        (share,), (low, high) = self.accuracy.value.tolist(), _ends(self.accuracy)
+        bins = self.calibration
+        lines = [
+            f"{self.num_pairs} pairs, {self.num_ties} ties",
+            f"  log-likelihood a pair {mean:.4f} ± {error:.4f} nats",
+            f"  accuracy {share:.3f} [{low:.3f}, {high:.3f}]",
+            f"  calibration error {bins.error:.4f}, if calibrated {bins.expected_error:.4f} (p = {bins.p_value:.2g})",
+        ]
+        lines += [
+            f"  {one.name}: {one.observed:g}, model [{one.interval[0]:g}, {one.interval[1]:g}] (p = {one.p_value:.2g})"
+            for one in self.checks
+        ]
+        return "\n".join(lines)
+
+    @property
+    def _error(self) -> Tensor:
+        assert self.log_likelihood.standard_error is not None
+        return self.log_likelihood.standard_error
+
+
+def evaluate_predictions(
+    log_p: Tensor, pairs: Pairs, checks: tuple[PredictiveCheck, ...] = (), seed: int = 0
+) -> Evaluation:
+    """The figures of predictions (N, 3), log P of "chosen is better", "rejected is better", "tie", in nats."""
+    said = torch.where(pairs.tie, log_p[:, TIE], log_p[:, FIRST])
+    mean = said.mean()[None]
+    error = said.std()[None] / len(said) ** 0.5 if len(said) > 1 else torch.full((1,), torch.nan, dtype=said.dtype)
+    chosen = torch.sigmoid(log_p[:, FIRST] - log_p[:, SECOND])[~pairs.tie]
+    right = (chosen > 0.5).double() + 0.5 * (chosen == 0.5)
+    return Evaluation(
+        num_pairs=len(pairs),
+        num_ties=int(pairs.tie.sum()),
+        log_likelihood=Estimate(
+            mean,
+            torch.stack([mean - 1.96 * error, mean + 1.96 * error], 1),
+            standard_error=error,
+            replicates=len(said),
+            note="of the spread over pairs",
+        ),
+        accuracy=Estimate(
+            right.mean()[None],
+            _clopper_pearson(right.sum(), torch.tensor(float(len(right)), dtype=torch.float64))[None],
+            replicates=len(right),
+        ),
+        calibration=_calibration(chosen, right, seed),
+        checks=checks,
+    )
+
+
+def predictive_checks(
+    posterior: HeadPosterior, delta: Tensor, annotator: Tensor, pairs: Pairs, seed: int
+) -> tuple[PredictiveCheck, ...]:
+    """Choices made again by draws of the posterior. Source: `gelman1996`.
+
+    Annotators that the model does not know share one deviation in each replicate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = posterior.draws(NUM_REPLICATES, generator)
+    above = (delta @ posterior.mean).sign()
+    observed = torch.where(pairs.tie, 0.0, 1.0).double()
+    groups = {"agreement": torch.ones(len(pairs), dtype=torch.bool)}
+    groups |= {f"agreement of {name}": pairs.annotator == j for j, name in enumerate(pairs.annotators)}
+    replicated: dict[str, list[float]] = {name: [] for name in [*groups, "ties"]}
+    for m in range(NUM_REPLICATES):
+        one = type(draws)(*(None if part is None else part[m : m + 1] for part in draws))  # type: ignore[arg-type]
+        log_p = log_outcomes(one.advantages(delta, annotator)[0], None if one.eta is None else one.eta, posterior.noise)
+        level = torch.rand(len(delta), dtype=torch.float64, generator=generator)
+        p = log_p.exp()
+        said = torch.where(level < p[:, FIRST], 1.0, torch.where(level < p[:, FIRST] + p[:, TIE], 0.0, -1.0)).double()
+        for name, rows in groups.items():
+            replicated[name].append(float((said * above == 1)[rows].sum()))
+        replicated["ties"].append(float((said == 0).sum()))
+    seen = {name: float((observed * above == 1)[rows].sum()) for name, rows in groups.items()}
+    if bool(pairs.tie.any()) or draws.eta is not None:
+        seen["ties"] = float(pairs.tie.sum())
+    return tuple(_check(name, value, torch.tensor(replicated[name])) for name, value in seen.items())
+
+
+def _check(name: str, observed: float, replicated: Tensor) -> PredictiveCheck:
+    sides = min(int((replicated >= observed).sum()), int((replicated <= observed).sum()))
+    low, high = replicated.quantile(torch.tensor([0.025, 0.975], dtype=replicated.dtype)).tolist()
+    return PredictiveCheck(name, observed, (low, high), min(1.0, 2 * (1 + sides) / (1 + len(replicated))))
+
+
+def _calibration(chosen: Tensor, right: Tensor, seed: int) -> Calibration:
+    confidence = torch.maximum(chosen, 1 - chosen)
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    count = torch.bincount(bins, minlength=NUM_BINS).double()
+    sums = torch.zeros(NUM_BINS, dtype=torch.float64)
+    claimed, hit = sums.index_add(0, bins, confidence), sums.index_add(0, bins, right)
+    generator = torch.Generator().manual_seed(seed)
+    errors = []
+    for _ in range(NUM_REPLICATES):
+        again = (torch.rand(len(right), dtype=torch.float64, generator=generator) < confidence).double()
+        errors.append(float((claimed - sums.index_add(0, bins, again)).abs().sum()) / max(len(right), 1))
+    error = float((claimed - hit).abs().sum()) / max(len(right), 1)
+    at_least = sum(one >= error - 1e-12 for one in errors)
+    return Calibration(
+        count=count.long(),
+        confidence=claimed / count,
+        share=hit / count,
+        interval=_clopper_pearson(hit, count),
+        error=error,
+        expected_error=sum(errors) / len(errors),
+        p_value=(1 + at_least) / (1 + len(errors)),
+    )
+
+
+def _clopper_pearson(hits: Tensor, total: Tensor) -> Tensor:
+    """(..., 2) the interval at 0.95; [0, 1] of no trial."""
+    from scipy.special import betaincinv
+
+    k, n = hits.numpy(), total.numpy()
+    low = torch.as_tensor(betaincinv(k.clip(1e-300), n - k + 1, 0.025)).where(hits > 0, torch.zeros_like(hits))
+    high = torch.as_tensor(betaincinv(k + 1, (n - k).clip(1e-300), 0.975)).where(hits < total, torch.ones_like(hits))
+    return torch.stack([low, high], -1)
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.interval is not None
+    low, high = estimate.interval[0].tolist()
+    return low, high
