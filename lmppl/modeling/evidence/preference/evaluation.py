@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lmppl.modeling.evidence.preference.likelihood import log_outcomes
 from lmppl.modeling.evidence.preference.pairs import Pairs
-from lmppl.modeling.evidence.preference.posteriors import HeadPosterior
+from lmppl.modeling.evidence.preference.posteriors import HeadDraws, HeadPosterior
 from lmppl.sequences import Estimate
 
 __all__ = ["Calibration", "Evaluation", "PredictiveCheck", "evaluate_predictions", "predictive_checks"]
 
 NUM_BINS = 10
 NUM_REPLICATES = 1000
+CHUNK = 50  # replicates at a time, which divides their number
 SMALL = 0.01  # a p-value below it, divided by the number of checks, is a contradiction
 FIRST, SECOND, TIE = range(3)
 
@@ -163,20 +164,22 @@ def predictive_checks(
     observed = torch.where(pairs.tie, 0.0, 1.0).double()
     groups = {"agreement": torch.ones(len(pairs), dtype=torch.bool)}
     groups |= {f"agreement of {name}": pairs.annotator == j for j, name in enumerate(pairs.annotators)}
-    replicated: dict[str, list[float]] = {name: [] for name in [*groups, "ties"]}
-    for m in range(NUM_REPLICATES):
-        one = type(draws)(*(None if part is None else part[m : m + 1] for part in draws))  # type: ignore[arg-type]
-        log_p = log_outcomes(one.advantages(delta, annotator)[0], None if one.eta is None else one.eta, posterior.noise)
-        level = torch.rand(len(delta), dtype=torch.float64, generator=generator)
-        p = log_p.exp()
-        said = torch.where(level < p[:, FIRST], 1.0, torch.where(level < p[:, FIRST] + p[:, TIE], 0.0, -1.0)).double()
-        for name, rows in groups.items():
-            replicated[name].append(float((said * above == 1)[rows].sum()))
-        replicated["ties"].append(float((said == 0).sum()))
+    masks = torch.stack(list(groups.values()), 1).double()
+    agreements, ties = [], []
+    for rows in torch.arange(NUM_REPLICATES).split(CHUNK):
+        some = HeadDraws(*(None if part is None else part[rows] for part in draws))  # type: ignore[arg-type]
+        eta = None if some.eta is None else some.eta[:, None]
+        p = log_outcomes(some.advantages(delta, annotator), eta, posterior.noise).exp()
+        level = torch.rand(p.shape[:2], dtype=torch.float64, generator=generator)
+        won, tied = level < p[..., FIRST], level >= p[..., FIRST] + p[..., SECOND]
+        said = torch.where(won, 1.0, -1.0).masked_fill(tied, 0.0).double()
+        agreements.append((said * above == 1).double() @ masks)
+        ties.append(tied.sum(1).double())
+    replicated = dict(zip(groups, torch.cat(agreements).T, strict=True)) | {"ties": torch.cat(ties)}
     seen = {name: float((observed * above == 1)[rows].sum()) for name, rows in groups.items()}
-    if bool(pairs.tie.any()) or draws.eta is not None:
+    if draws.eta is not None:
         seen["ties"] = float(pairs.tie.sum())
-    return tuple(_check(name, value, torch.tensor(replicated[name])) for name, value in seen.items())
+    return tuple(_check(name, value, replicated[name]) for name, value in seen.items())
 
 
 def _check(name: str, observed: float, replicated: Tensor) -> PredictiveCheck:
@@ -192,10 +195,11 @@ def _calibration(chosen: Tensor, right: Tensor, seed: int) -> Calibration:
     sums = torch.zeros(NUM_BINS, dtype=torch.float64)
     claimed, hit = sums.index_add(0, bins, confidence), sums.index_add(0, bins, right)
     generator = torch.Generator().manual_seed(seed)
+    member = torch.nn.functional.one_hot(bins, NUM_BINS).double()
     errors = []
-    for _ in range(NUM_REPLICATES):
-        again = (torch.rand(len(right), dtype=torch.float64, generator=generator) < confidence).double()
-        errors.append(float((claimed - sums.index_add(0, bins, again)).abs().sum()) / max(len(right), 1))
+    for _ in range(0, NUM_REPLICATES, CHUNK):
+        again = torch.rand(CHUNK, len(right), dtype=torch.float64, generator=generator) < confidence
+        errors += ((claimed - again.double() @ member).abs().sum(1) / max(len(right), 1)).tolist()
     error = float((claimed - hit).abs().sum()) / max(len(right), 1)
     at_least = sum(one >= error - 1e-12 for one in errors)
     return Calibration(

@@ -66,7 +66,7 @@ def laplace(problem: HeadProblem, scales: Scales, start: Tensor | None = None) -
     found = _newton(problem, scales, zero)
     if problem.noise:
         size = problem.delta.norm(dim=1, keepdim=True)
-        even = problem.delta / size * size.median()
+        even = problem.delta / torch.where(size > 0, size / size[size > 0].median(), 1.0)
         for clean in (replace(problem, noise=0.0), replace(problem, noise=0.0, delta=even)):
             other = _newton(problem, scales, _newton(clean, scales, zero).mode)
             if problem.log_joint(other.mode, scales) > problem.log_joint(found.mode, scales):

@@ -23,6 +23,7 @@ from lmppl.modeling.evidence.preference.posteriors import HeadDraws
 __all__ = ["autoguide", "nuts"]
 
 R_HAT = 1.1  # above it a chain is no posterior
+NUM_STEPS = 600  # of SVI
 NUM_PARTICLES = 16  # draws of the guide behind each gradient
 
 
@@ -42,6 +43,9 @@ class WhitenedModel:
         kept = torch.cat([torch.arange(d), torch.arange(len(fit.mode) - problem.has_ties, len(fit.mode))])
         self.location = fit.mode[kept]
         self.factor = torch.linalg.cholesky(fit.covariance[kept][:, kept])
+        # With it the density of z is p(y, θ) |L|, so that the ELBO bounds the evidence log p(y | σ).
+        self.constant = float(self.factor.diagonal().log().sum()) - d * math.log(fit.scales.weights)
+        self.constant -= problem.has_ties * math.log(TIE_SCALE)
 
     def __call__(self) -> None:
         import pyro
@@ -58,9 +62,9 @@ class WhitenedModel:
         log_prior = -0.5 * (weights / self.fit.scales.weights).square().sum(-1)
         if eta is not None:
             log_prior = log_prior - 0.5 * (eta / TIE_SCALE) ** 2
-        # z has the density N(0, I) already, which is taken away again.
+        # z has the density N(0, I) already, which is taken away again; factors of 2π are as many in both.
         log_density = self.problem.log_likelihood(weights, deviations, eta) + log_prior + 0.5 * z.square().sum(-1)
-        pyro.factor("pairs", log_density)
+        pyro.factor("pairs", log_density + self.constant)
 
     def parameters(
         self, z: Tensor, unit: Tensor | None, scale: Tensor | None
@@ -112,9 +116,7 @@ def nuts(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tu
     return model.head_draws(sites, generator), facts
 
 
-def autoguide(
-    problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int, num_steps: int = 1500
-) -> tuple[HeadDraws, dict[str, Any]]:
+def autoguide(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tuple[HeadDraws, dict[str, Any]]:
     """Draws of a Gaussian of full covariance (`AutoMultivariateNormal`) that SVI fits to the posterior."""
     import pyro
     from pyro.infer import SVI, Trace_ELBO
@@ -131,14 +133,13 @@ def autoguide(
         guide = AutoMultivariateNormal(model, init_loc_fn=init_to_value(values=start), init_scale=0.9)
         elbo = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
         # The rate falls by a factor of 100, so that the last steps average out the noise of the first.
-        optimizer = ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / num_steps)})
+        optimizer = ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / NUM_STEPS)})
         svi = SVI(model, guide, optimizer, elbo)
-        losses = [float(svi.step()) for _ in range(num_steps)]
+        losses = [float(svi.step()) for _ in range(NUM_STEPS)]
         with torch.no_grad(), pyro.plate("draws", num_draws, dim=-1):
             sites = {name: value.double() for name, value in guide().items()}
-    # z has its N(0, 1) constants in the ELBO, which p(y, θ) has not; the rest of the prior's constants are left out.
-    late = losses[-num_steps // 5 :]
-    facts = {"elbo": -math.fsum(late) / len(late), "num_steps": num_steps}
+    late = losses[-NUM_STEPS // 5 :]
+    facts = {"elbo": -math.fsum(late) / len(late), "num_steps": NUM_STEPS}
     return model.head_draws(sites, torch.Generator().manual_seed(seed)), facts
 
 
