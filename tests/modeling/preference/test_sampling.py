@@ -16,7 +16,7 @@ from tests.modeling.preference.cases import world
 
 @pytest.mark.parametrize("posterior", ["nuts", "autoguide"])
 def test_a_fit_leaves_no_trace(posterior: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's parameters, generators and default dtype stay; the same seed gives the same draws."""
+    """The user's parameters, generators and default dtype stay."""
     monkeypatch.setattr(sampling, "NUM_STEPS", 30)
     pyro.param("mine", torch.tensor(3.0))
     torch.manual_seed(11)
@@ -31,7 +31,3 @@ def test_a_fit_leaves_no_trace(posterior: str, monkeypatch: pytest.MonkeyPatch) 
     assert float(pyro.param("mine").detach()) == 3.0
     pyro.clear_param_store()
     assert first.posterior.belief(torch.zeros(2, 1, dtype=torch.float64)).shape == (2, 100)
-    if posterior == "nuts":
-        again = lmppl.BayesianRewardModel.fit(one.pairs(30, 0), one.features, **options)
-        assert torch.equal(first.posterior.mean, again.posterior.mean)
-        assert first.facts["r_hat"] < 1.1

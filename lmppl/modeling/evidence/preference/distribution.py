@@ -214,6 +214,25 @@ class PreferenceDistribution(UncertainReward):
         texts = HeadsOfTexts(scaled, heads, name or "preference")
         return cls(texts, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint)
 
+    def with_attitude(
+        self,
+        attitude: Attitude,
+        *,
+        beta: float | None = None,
+        num_references: int | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """The same laws in another declaration; what is not given stays."""
+        return type(self)(
+            self.texts,
+            self.beta if beta is None else beta,
+            attitude,
+            num_references=self.num_references if num_references is None else num_references,
+            name=name or (self.name if self.named else None),
+            on=self._on,
+            fingerprint=self.features[0].fingerprint,
+        )
+
     def log_predictive(self, pairs: Iterable[Any]) -> Tensor:
         """(N, 3) log P of "chosen is better", "rejected is better" and "tie" (−inf), in nats."""
         return self._predict(read_pairs(pairs, WHO, self._on))
