@@ -126,12 +126,19 @@ def test_three_posteriors_agree_on_many_real_pairs(shared: Path) -> None:
     assert max(values) - min(values) < 0.003
 
 
+def manners(texts: list[str]) -> Tensor:
+    """(B, 3) of the last answer: its length, a question, a refusal."""
+    refusal = re.compile(r"sorry|can't|cannot|not sure|don't|illegal|wrong")
+    refuses = torch.tensor([[float(bool(refusal.search(answer(text).lower())))] for text in texts], dtype=torch.float64)
+    return torch.cat([hashed(texts)[:, WORDS:], refuses], 1)
+
+
 @pytest.mark.shared
 def test_laplace_and_nuts_part_where_pairs_are_few(shared: Path) -> None:
-    """20 pairs for 16 weights with a wide prior: the posterior leans away from the mode, and the report says so."""
-    train = real_pairs(shared, "harmless-base-test")[:20]
+    """12 pairs for 3 weights with a wide prior: the posterior leans away from the mode, and the report says so."""
+    train = real_pairs(shared, "harmless-base-test")[:12]
     models = [
-        BayesianRewardModel.fit(train, hashed, posterior=name, prior_scale=5.0, num_draws=400)
+        BayesianRewardModel.fit(train, manners, posterior=name, prior_scale=5.0, num_draws=400)
         for name in ("laplace", "nuts")
     ]
     agreement = models[0].agreement(models[1])
@@ -141,30 +148,23 @@ def test_laplace_and_nuts_part_where_pairs_are_few(shared: Path) -> None:
 
 @pytest.mark.shared
 def test_two_objectives_are_two_annotators(shared: Path) -> None:
-    """The same dialogues judged for harmlessness and for helpfulness: heads differ, and Laplace says too little of it.
+    """The same dialogues judged for harmlessness, which likes short answers, and for helpfulness, which likes long ones.
 
-    τ is known from two annotators only. NUTS averages over it; Laplace keeps its most probable value, so that its
-    spread of the population's head is the smaller one.
+    Heads of annotators explain both; one population is contradicted. τ is known from two annotators only: NUTS
+    averages over it and Laplace keeps its most probable value, so that its spread of the population's head is smaller.
     """
-    named = [
-        lmppl.Preference(*pair, annotator=name)
-        for name, file in (("harmless", "harmless-base-test"), ("helpful", "relabeled-helpful-test"))
-        for pair in real_pairs(shared, file)[:700]
-    ]
-
-    def few(texts: list[str]) -> Tensor:
-        return hashed(texts)[:, [0, 3, 7, WORDS, WORDS + 1]]
-
-    models = [
-        BayesianRewardModel.fit(named, few, posterior=name, num_draws=400, prior_scale=0.3)
+    files = (("harmless", "harmless-base-test"), ("helpful", "relabeled-helpful-test"))
+    named = [lmppl.Preference(*p, annotator=name) for name, file in files for p in real_pairs(shared, file)]
+    anonymous = [lmppl.Preference(one.chosen, one.rejected) for one in named]
+    two, one = (BayesianRewardModel.fit(pairs, manners, prior_scale=0.3) for pairs in (named, anonymous))
+    reports = [model.evaluate(named) for model in (two, one)]
+    assert reports[0].log_likelihood.value.item() > reports[1].log_likelihood.value.item() + 0.01
+    assert reports[0].contradictions == ()
+    assert "agreement of helpful" in {check.name for check in reports[1].contradictions}
+    some = [pair for pair in named if len(answer(pair.chosen)) % 8 == 0]
+    laplace_fit, nuts_fit = (
+        BayesianRewardModel.fit(some, manners, posterior=name, num_draws=300, prior_scale=0.3)
         for name in ("laplace", "nuts")
-    ]
-    anonymous = BayesianRewardModel.fit(
-        [lmppl.Preference(one.chosen, one.rejected) for one in named], few, prior_scale=0.3
     )
-    assert models[0].evaluate(named).log_likelihood.value > anonymous.evaluate(named).log_likelihood.value
-    contradicted = {one.name for one in anonymous.evaluate(named).contradictions}
-    assert contradicted == {"agreement of harmless", "agreement of helpful"}
-    assert models[0].evaluate(named).contradictions == ()
-    agreement = models[0].agreement(models[1])
-    assert float(agreement.ratio.median()) < 0.95, str(agreement)
+    agreement = laplace_fit.agreement(nuts_fit)
+    assert float(agreement.ratio.median()) < 0.9, str(agreement)

@@ -50,11 +50,11 @@ class World:
         return made
 
 
-def world(dim: int, seed: int = 0, **options: Any) -> World:
-    """Forty texts, features N(0, I), w ~ N(0, ½² I)."""
+def world(dim: int, seed: int = 0, num_texts: int = 40, weight_scale: float = 0.5, **options: Any) -> World:
+    """Features N(0, I), w ~ N(0, `weight_scale`² I); `annotators` is their number and τ."""
     generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(40, dim, dtype=torch.float64, generator=generator)
-    weights = 0.5 * torch.randn(dim, dtype=torch.float64, generator=generator)
+    table = torch.randn(num_texts, dim, dtype=torch.float64, generator=generator)
+    weights = weight_scale * torch.randn(dim, dtype=torch.float64, generator=generator)
     if "annotators" in options:
         num, scale = options.pop("annotators")
         options["deviations"] = scale * torch.randn(num, dim, dtype=torch.float64, generator=generator)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lmppl
-from lmppl.modeling.evidence.preference.evaluation import evaluate_predictions
+from lmppl.modeling.evidence.preference.evaluation import Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.heads import Scales
 from lmppl.modeling.evidence.preference.laplace import laplace
 from lmppl.modeling.evidence.preference.likelihood import log_outcomes
@@ -87,12 +87,18 @@ def decided(count: int, seed: int, temper: float) -> tuple[torch.Tensor, list[tu
     return log_p, [(f"{i} a", f"{i} b") for i in range(count)]
 
 
+def evaluated(log_p: torch.Tensor, pairs: list[tuple[str, str]]) -> Evaluation:
+    """Of predictions that leave nothing open."""
+    replicate = log_p.exp()
+    return evaluate_predictions(log_p, read_pairs(pairs, "test", "text"), lambda n: replicate.expand(len(n), -1, -1))
+
+
 def test_calibration_has_its_size_and_its_power() -> None:
     """40 evaluations of true predictions: at most 6 with p < 0.05 (probability 0.003 of more); overconfident: all."""
 
     def p_values(temper: float) -> list[float]:
         made = [decided(500, seed, temper) for seed in range(40)]
-        return [evaluate_predictions(lp, read_pairs(ps, "", "text")).calibration.p_value for lp, ps in made]
+        return [evaluated(log_p, pairs).calibration.p_value for log_p, pairs in made]
 
     assert sum(p < 0.05 for p in p_values(1.0)) <= 6
     assert max(p_values(3.0)) < 0.05
@@ -101,7 +107,7 @@ def test_calibration_has_its_size_and_its_power() -> None:
 def test_figures_of_an_evaluation_by_hand() -> None:
     p = f64([0.92, 0.83, 0.28, 0.5])
     log_p = torch.stack([p.log(), (1 - p).log(), torch.full_like(p, -math.inf)], 1)
-    said = evaluate_predictions(log_p, read_pairs([("a", "b")] * 4, "", "text"))
+    said = evaluated(log_p, [("a", "b")] * 4)
     assert float(said.log_likelihood.value) == pytest.approx(float(p.log().mean()))
     assert said.log_likelihood.standard_error is not None
     assert float(said.log_likelihood.standard_error) == pytest.approx(float(p.log().std()) / 2)

@@ -238,10 +238,11 @@ class PreferenceDistribution(UncertainReward):
         return self._predict(read_pairs(pairs, WHO, self._on))
 
     def evaluate(self, pairs: Iterable[Any], *, seed: int = 0) -> Evaluation:
-        """Held-out log-likelihood, accuracy and calibration; `seed` is that of the replicated choices."""
+        """As `BayesianRewardModel.evaluate`; replicates are of the fitted heads, whose own error they leave out."""
         known = read_pairs(pairs, WHO, self._on)
         _refuse_ties(known)
-        return evaluate_predictions(self._predict(known), known, seed=seed)
+        log_p = self._predict(known)
+        return evaluate_predictions(log_p, known, lambda numbers: log_p.exp().expand(len(numbers), -1, -1), seed)
 
     def describe(self) -> dict[str, Any]:
         """As `UncertainReward.describe`, with the heads and the scale of the features."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lmppl.modeling.evidence.preference.likelihood import log_outcomes
 from lmppl.modeling.evidence.preference.pairs import Pairs
-from lmppl.modeling.evidence.preference.posteriors import HeadDraws, HeadPosterior
 from lmppl.sequences import Estimate
 
-__all__ = ["Calibration", "Evaluation", "PredictiveCheck", "evaluate_predictions", "predictive_checks"]
+__all__ = ["NUM_REPLICATES", "Calibration", "Evaluation", "PredictiveCheck", "evaluate_predictions"]
 
 NUM_BINS = 10
 NUM_REPLICATES = 1000
-CHUNK = 50  # replicates at a time, which divides their number
+CHUNK = 50  # replicates at a time
 SMALL = 0.01  # a p-value below it, divided by the number of checks, is a contradiction
 FIRST, SECOND, TIE = range(3)
+
+Replicate = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Calibration:
     error : float
         The expected calibration error Σ_k (count_k / N) |confidence_k − share_k|. Source: `guo2017`.
     expected_error : float
-        Its mean over replicates in which every c is true: even perfect predictions have an error.
+        Its mean over replicates, in which choices are made by draws of the posterior: even a true model has an error.
     p_value : float
         The share of replicates (and of the data, which is one) whose error is at least as large.
     """
@@ -59,7 +60,7 @@ class PredictiveCheck:
     Parameters
     ----------
     name : str
-        "agreement": choices that go with the posterior mean reward; "agreement of NAME"; "ties".
+        "agreement": choices of the text that was the likelier one; "agreement of NAME"; "ties".
     observed : float
     interval : tuple of two floats
         The middle 95 % of the replicates.
@@ -122,15 +123,29 @@ class Evaluation:
         return self.log_likelihood.standard_error
 
 
-def evaluate_predictions(
-    log_p: Tensor, pairs: Pairs, checks: tuple[PredictiveCheck, ...] = (), seed: int = 0
-) -> Evaluation:
-    """The figures of predictions (N, 3), log P of "chosen is better", "rejected is better", "tie", in nats."""
+def evaluate_predictions(log_p: Tensor, pairs: Pairs, replicate: Replicate, seed: int = 0) -> Evaluation:
+    """The figures of predictions.
+
+    Parameters
+    ----------
+    log_p : Tensor (N, 3)
+        log P of "chosen is better", "rejected is better", "tie", in nats.
+    pairs : Pairs
+        What was said: that the chosen text is better, or that there is a tie.
+    replicate : callable
+        Numbers (R,) of replicates below 1000 → the outcomes' probabilities (R, N, 3), by a draw of what is not known
+        for each.
+    seed : int
+        Of the choices in replicates.
+    """
     said = torch.where(pairs.tie, log_p[:, TIE], log_p[:, FIRST])
     mean = said.mean()[None]
     error = said.std()[None] / len(said) ** 0.5 if len(said) > 1 else torch.full((1,), torch.nan, dtype=said.dtype)
-    chosen = torch.sigmoid(log_p[:, FIRST] - log_p[:, SECOND])[~pairs.tie]
-    right = (chosen > 0.5).double() + 0.5 * (chosen == 0.5)
+    chosen = torch.sigmoid(log_p[:, FIRST] - log_p[:, SECOND])
+    above = (chosen - 0.5).sign()
+    right = (1 + above[~pairs.tie]) / 2
+    count = torch.tensor(float(len(right)), dtype=torch.float64)
+    checks, calibration = _replicated(chosen, above, pairs, replicate, bool((log_p[:, TIE] > -torch.inf).any()), seed)
     return Evaluation(
         num_pairs=len(pairs),
         num_ties=int(pairs.tie.sum()),
@@ -141,76 +156,60 @@ def evaluate_predictions(
             replicates=len(said),
             note="of the spread over pairs",
         ),
-        accuracy=Estimate(
-            right.mean()[None],
-            _clopper_pearson(right.sum(), torch.tensor(float(len(right)), dtype=torch.float64))[None],
-            replicates=len(right),
-        ),
-        calibration=_calibration(chosen, right, seed),
+        accuracy=Estimate(right.mean()[None], _clopper_pearson(right.sum(), count)[None], replicates=len(right)),
+        calibration=calibration,
         checks=checks,
     )
 
 
-def predictive_checks(
-    posterior: HeadPosterior, delta: Tensor, annotator: Tensor, pairs: Pairs, seed: int
-) -> tuple[PredictiveCheck, ...]:
-    """Choices made again by draws of the posterior. Source: `gelman1996`.
-
-    Annotators that the model does not know share one deviation in each replicate.
-    """
+def _replicated(
+    chosen: Tensor, above: Tensor, pairs: Pairs, replicate: Replicate, has_ties: bool, seed: int
+) -> tuple[tuple[PredictiveCheck, ...], Calibration]:
+    """What choices that are made again say of those that were made. Source: `gelman1996`."""
     generator = torch.Generator().manual_seed(seed)
-    draws = posterior.draws(NUM_REPLICATES, generator)
-    above = (delta @ posterior.mean).sign()
-    observed = torch.where(pairs.tie, 0.0, 1.0).double()
     groups = {"agreement": torch.ones(len(pairs), dtype=torch.bool)}
     groups |= {f"agreement of {name}": pairs.annotator == j for j, name in enumerate(pairs.annotators)}
     masks = torch.stack(list(groups.values()), 1).double()
-    agreements, ties = [], []
-    for rows in torch.arange(NUM_REPLICATES).split(CHUNK):
-        some = HeadDraws(*(None if part is None else part[rows] for part in draws))  # type: ignore[arg-type]
-        eta = None if some.eta is None else some.eta[:, None]
-        p = log_outcomes(some.advantages(delta, annotator), eta, posterior.noise).exp()
+    decided = (~pairs.tie).double()
+    confidence = torch.maximum(chosen, 1 - chosen)
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    member = torch.nn.functional.one_hot(bins, NUM_BINS).double() * decided[:, None]
+    count, claimed = member.sum(0), confidence @ member
+    agreements, ties, errors = [], [], []
+    for numbers in torch.arange(NUM_REPLICATES).split(CHUNK):
+        p = replicate(numbers)
         level = torch.rand(p.shape[:2], dtype=torch.float64, generator=generator)
         won, tied = level < p[..., FIRST], level >= p[..., FIRST] + p[..., SECOND]
         said = torch.where(won, 1.0, -1.0).masked_fill(tied, 0.0).double()
         agreements.append((said * above == 1).double() @ masks)
         ties.append(tied.sum(1).double())
+        # Calibration is about choices: the pairs that were choices are made again as choices.
+        level = torch.rand(p.shape[:2], dtype=torch.float64, generator=generator)
+        first = torch.where(level * (p[..., FIRST] + p[..., SECOND]) < p[..., FIRST], 1.0, -1.0)
+        errors.append((claimed - (1 + first * above) / 2 @ member).abs().sum(1) / count.sum())
     replicated = dict(zip(groups, torch.cat(agreements).T, strict=True)) | {"ties": torch.cat(ties)}
-    seen = {name: float((observed * above == 1)[rows].sum()) for name, rows in groups.items()}
-    if draws.eta is not None:
+    agreed = (decided * above == 1).double()
+    seen = {name: float(agreed[rows].sum()) for name, rows in groups.items()}
+    if has_ties:
         seen["ties"] = float(pairs.tie.sum())
-    return tuple(_check(name, value, replicated[name]) for name, value in seen.items())
+    hit = (1 + above) / 2 @ member
+    error, again = float((claimed - hit).abs().sum() / count.sum()), torch.cat(errors)
+    calibration = Calibration(
+        count=count.long(),
+        confidence=claimed / count,
+        share=hit / count,
+        interval=_clopper_pearson(hit, count),
+        error=error,
+        expected_error=float(again.mean()),
+        p_value=(1 + int((again >= error - 1e-12).sum())) / (1 + len(again)),
+    )
+    return tuple(_check(name, value, replicated[name]) for name, value in seen.items()), calibration
 
 
 def _check(name: str, observed: float, replicated: Tensor) -> PredictiveCheck:
     sides = min(int((replicated >= observed).sum()), int((replicated <= observed).sum()))
     low, high = replicated.quantile(torch.tensor([0.025, 0.975], dtype=replicated.dtype)).tolist()
     return PredictiveCheck(name, observed, (low, high), min(1.0, 2 * (1 + sides) / (1 + len(replicated))))
-
-
-def _calibration(chosen: Tensor, right: Tensor, seed: int) -> Calibration:
-    confidence = torch.maximum(chosen, 1 - chosen)
-    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    count = torch.bincount(bins, minlength=NUM_BINS).double()
-    sums = torch.zeros(NUM_BINS, dtype=torch.float64)
-    claimed, hit = sums.index_add(0, bins, confidence), sums.index_add(0, bins, right)
-    generator = torch.Generator().manual_seed(seed)
-    member = torch.nn.functional.one_hot(bins, NUM_BINS).double()
-    errors = []
-    for _ in range(0, NUM_REPLICATES, CHUNK):
-        again = torch.rand(CHUNK, len(right), dtype=torch.float64, generator=generator) < confidence
-        errors += ((claimed - again.double() @ member).abs().sum(1) / max(len(right), 1)).tolist()
-    error = float((claimed - hit).abs().sum()) / max(len(right), 1)
-    at_least = sum(one >= error - 1e-12 for one in errors)
-    return Calibration(
-        count=count.long(),
-        confidence=claimed / count,
-        share=hit / count,
-        interval=_clopper_pearson(hit, count),
-        error=error,
-        expected_error=sum(errors) / len(errors),
-        p_value=(1 + at_least) / (1 + len(errors)),
-    )
 
 
 def _clopper_pearson(hits: Tensor, total: Tensor) -> Tensor:

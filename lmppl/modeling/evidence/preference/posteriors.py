@@ -43,6 +43,10 @@ class HeadDraws(NamedTuple):
     unknown: Tensor | None = None
     eta: Tensor | None = None
 
+    def select(self, index: Tensor) -> HeadDraws:
+        """The draws `index`."""
+        return HeadDraws(*(None if one is None else one[index] for one in self))  # type: ignore[arg-type]
+
     def advantages(self, delta: Tensor, annotator: Tensor) -> Tensor:
         """(M, N) u of N pairs, each as its annotator sees it; −1 is an annotator who is not known."""
         u = self.weights @ delta.T
@@ -229,7 +233,7 @@ class DrawnHead:
         """Of the M draws, `num_draws` in random order; again from the first where there are too few."""
         index = torch.randperm(len(self.sample.weights), generator=generator)
         index = index.repeat(-(-num_draws // len(index)))[:num_draws]
-        return HeadDraws(*(None if one is None else one[index] for one in self.sample))  # type: ignore[arg-type]
+        return self.sample.select(index)
 
 
 def _hermite(count: int) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence import attitudes
 from lmppl.modeling.evidence.attitudes import Attitude
 from lmppl.modeling.evidence.preference.agreement import Agreement, compare_heads
-from lmppl.modeling.evidence.preference.evaluation import Evaluation, evaluate_predictions, predictive_checks
+from lmppl.modeling.evidence.preference.evaluation import NUM_REPLICATES, Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.features import Featuriser, Standardised, differences, standardise
 from lmppl.modeling.evidence.preference.heads import HeadProblem
 from lmppl.modeling.evidence.preference.laplace import best_scales
+from lmppl.modeling.evidence.preference.likelihood import log_outcomes
 from lmppl.modeling.evidence.preference.pairs import Pairs, check_for_fit, read_pairs
 from lmppl.modeling.evidence.preference.posteriors import DrawnHead, GaussianHead, HeadPosterior
 from lmppl.modeling.evidence.preference.sampling import SAMPLERS
@@ -289,15 +290,22 @@ class BayesianRewardModel(UncertainReward):
     def evaluate(self, pairs: Iterable[Any], *, seed: int = 0) -> Evaluation:
         """Held-out log-likelihood, accuracy, calibration and posterior predictive checks, by `log_predictive`.
 
-        `seed` is that of replicated choices: 1000 of them for the calibration error, and 1000 for the checks.
+        Figures are compared with those of 1000 replicates, in which draws of the posterior make the choices again;
+        annotators that the model does not know share one deviation in each. `seed` is the replicates'.
         """
         known = read_pairs(pairs, WHO, self._on)
         delta, annotator = differences(self.belief.features, known, WHO), self._annotator(known)
         if bool(known.tie.any()) and not self.belief.facts.get("has_ties"):
             raise ModelError(f"{WHO}.evaluate: got ties, and the model was fitted to pairs without; leave them out")
         log_p = self.posterior.log_predictive(delta, annotator)
-        checks = predictive_checks(self.posterior, delta, annotator, known, seed)
-        return evaluate_predictions(log_p, known, checks, seed)
+        draws = self.posterior.draws(NUM_REPLICATES, torch.Generator().manual_seed(seed + 1))
+
+        def replicate(numbers: Tensor) -> Tensor:
+            some = draws.select(numbers)
+            eta = None if some.eta is None else some.eta[:, None]
+            return log_outcomes(some.advantages(delta, annotator), eta, self.posterior.noise).exp()
+
+        return evaluate_predictions(log_p, known, replicate, seed)
 
     def agreement(self, other: BayesianRewardModel) -> Agreement:
         """Where two posteriors of the same head agree, and where not: shifts and spreads of each weight."""
