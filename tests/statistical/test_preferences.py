@@ -135,10 +135,10 @@ def manners(texts: list[str]) -> Tensor:
 
 @pytest.mark.shared
 def test_laplace_and_nuts_part_where_pairs_are_few(shared: Path) -> None:
-    """12 pairs for 3 weights with a wide prior: the posterior leans away from the mode, and the report says so."""
-    train = real_pairs(shared, "harmless-base-test")[:12]
+    """10 pairs for 3 weights with a wide prior: the posterior leans away from the mode, and the report says so."""
+    train = real_pairs(shared, "harmless-base-test")[:10]
     models = [
-        BayesianRewardModel.fit(train, manners, posterior=name, prior_scale=5.0, num_draws=400)
+        BayesianRewardModel.fit(train, manners, posterior=name, prior_scale=20.0, num_draws=250)
         for name in ("laplace", "nuts")
     ]
     agreement = models[0].agreement(models[1])
@@ -148,7 +148,7 @@ def test_laplace_and_nuts_part_where_pairs_are_few(shared: Path) -> None:
 
 @pytest.mark.shared
 def test_two_objectives_are_two_annotators(shared: Path) -> None:
-    """The same dialogues judged for harmlessness, which likes short answers, and for helpfulness, which likes long ones.
+    """The same dialogues judged for harmlessness, which likes short answers, and helpfulness, which likes long ones.
 
     Heads of annotators explain both; one population is contradicted. τ is known from two annotators only: NUTS
     averages over it and Laplace keeps its most probable value, so that its spread of the population's head is smaller.
@@ -161,10 +161,9 @@ def test_two_objectives_are_two_annotators(shared: Path) -> None:
     assert reports[0].log_likelihood.value.item() > reports[1].log_likelihood.value.item() + 0.01
     assert reports[0].contradictions == ()
     assert "agreement of helpful" in {check.name for check in reports[1].contradictions}
-    some = [pair for pair in named if len(answer(pair.chosen)) % 8 == 0]
+    some = [pair for pair in named if len(answer(pair.chosen)) % 16 == 0]
     laplace_fit, nuts_fit = (
-        BayesianRewardModel.fit(some, manners, posterior=name, num_draws=300, prior_scale=0.3)
+        BayesianRewardModel.fit(some, manners, posterior=name, num_draws=300, prior_scale=3.0)
         for name in ("laplace", "nuts")
     )
-    agreement = laplace_fit.agreement(nuts_fit)
-    assert float(agreement.ratio.median()) < 0.9, str(agreement)
+    assert float(laplace_fit.agreement(nuts_fit).ratio.max()) < 0.9

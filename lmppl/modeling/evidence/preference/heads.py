@@ -31,12 +31,11 @@ class Scales(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """−log p(y, θ) with its gradient (P,) and Hessian (P, P), and a Hessian that is positive at every θ."""
+    """−log p(y, θ) with its gradient (P,) and Hessian (P, P)."""
 
     value: Tensor
     gradient: Tensor
     hessian: Tensor
-    safe_hessian: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +104,16 @@ class HeadProblem:
         """The closed forms at θ (P,)."""
         said, precision = self._said(theta), self.precision(scales)
         log_prior = 0.5 * (precision.log() - math.log(2 * math.pi) - precision * theta**2).sum()
-        prior = torch.diag(precision)
         return Curvature(
             value=-(said.value.sum() + log_prior),
             gradient=precision * theta - self._gradient(said),
-            hessian=prior - self._second(said.uu, said),
-            safe_hessian=prior - self._second(said.concave, said),
+            hessian=torch.diag(precision) - self._second(said.uu, said),
         )
+
+    def safe_hessian(self, theta: Tensor, scales: Scales) -> Tensor:
+        """(P, P) the Hessian without what noise adds: positive at every θ."""
+        said = self._said(theta)
+        return torch.diag(self.precision(scales)) - self._second(said.concave, said)
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """w (D,), δ (J, D) and η () of θ; None for what there is not."""

@@ -18,6 +18,7 @@ from lmppl.modeling.evidence.preference.heads import HeadProblem, Scales
 __all__ = ["LaplaceFit", "best_scales", "laplace"]
 
 LOG_SCALES = (-5.0, 3.0)  # of σ and τ, on standardised features
+NEAR = 0.01  # of log σ and log τ: the posterior is much wider
 MAX_STEPS = 100
 TOLERANCE = 1e-18  # of Newton's decrement gᵀH⁻¹g, in nats
 
@@ -80,7 +81,7 @@ def _newton(problem: HeadProblem, scales: Scales, theta: Tensor) -> LaplaceFit:
         factor, failed = torch.linalg.cholesky_ex(at.hessian)
         is_newton = int(failed) == 0
         if not is_newton:
-            factor = torch.linalg.cholesky(at.safe_hessian)
+            factor = torch.linalg.cholesky(problem.safe_hessian(theta, scales))
         step = -torch.cholesky_solve(at.gradient[:, None], factor)[:, 0]
         decrement = float(-(step @ at.gradient))
         if decrement <= TOLERANCE * (1 + abs(float(at.value))) and is_newton:
@@ -136,12 +137,12 @@ def best_scales(problem: HeadProblem, prior_scale: float | None) -> LaplaceFit:
         if known is not None:
             loss(known, 0.0)
             return memory["last"]
-        found = minimize_scalar(lambda s: loss(s, 0.0), bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-3})
+        found = minimize_scalar(lambda s: loss(s, 0.0), bounds=LOG_SCALES, method="bounded", options={"xatol": NEAR})
         _refuse_silent_pairs(-float(found.fun), -loss(LOG_SCALES[0], 0.0))
         loss(float(found.x), 0.0)
         return memory["last"]
     if known is not None:
-        one = minimize_scalar(lambda t: loss(known, t), bounds=LOG_SCALES, method="bounded", options={"xatol": 1e-3})
+        one = minimize_scalar(lambda t: loss(known, t), bounds=LOG_SCALES, method="bounded", options={"xatol": NEAR})
         loss(known, float(one.x))
         return memory["last"]
     both = minimize(
@@ -149,7 +150,7 @@ def best_scales(problem: HeadProblem, prior_scale: float | None) -> LaplaceFit:
         (-1.0, -1.0),
         method="Nelder-Mead",
         bounds=(LOG_SCALES, LOG_SCALES),
-        options={"xatol": 1e-3, "fatol": 1e-5, "maxiter": 400},
+        options={"xatol": NEAR, "fatol": 1e-3, "maxiter": 200},
     )
     _refuse_silent_pairs(-float(both.fun), -loss(LOG_SCALES[0], float(both.x[1])))
     loss(*both.x)
