@@ -1,8 +1,10 @@
 """The posterior of a head by Pyro: NUTS, and an AutoGuide fitted by SVI.
 
-Both see the same density p(y, θ), in coordinates in which the Laplace approximation is N(0, I): w and η are θ̂ + L z
-with L Lᵀ their covariance, and δ_j = τ ζ_j, ζ_j ~ N(0, I), τ ~ HalfNormal(1). σ stays where the evidence put it.
-Nothing is left behind: parameters live in a store of their own, random numbers in a fork of torch's generator.
+Both see the same density, p(y | h, η) p(h | τ) p(τ) p(η), of the heads h_j = w + δ_j that annotators have: w is
+integrated out, and drawn afterwards from N(s² Σ_j h_j/τ², s²I), s⁻² = σ⁻² + J τ⁻², which is its law given h and τ.
+Without annotators h is w itself. Coordinates are those in which the Laplace approximation of (h, η) is N(0, I); σ stays
+where the evidence put it. Nothing is left behind: parameters live in a store of their own, random numbers in a fork of
+torch's generator.
 """
 
 from __future__ import annotations
@@ -38,50 +40,65 @@ class WhitenedModel:
     """
 
     def __init__(self, problem: HeadProblem, fit: LaplaceFit) -> None:
-        self.problem, self.fit = problem, fit
-        d = problem.dim
-        kept = torch.cat([torch.arange(d), torch.arange(len(fit.mode) - problem.has_ties, len(fit.mode))])
-        self.location = fit.mode[kept]
-        self.factor = torch.linalg.cholesky(fit.covariance[kept][:, kept])
-        # With it the density of z is p(y, θ) |L|, so that the ELBO bounds the evidence log p(y | σ).
-        self.constant = float(self.factor.diagonal().log().sum()) - d * math.log(fit.scales.weights)
-        self.constant -= problem.has_ties * math.log(TIE_SCALE)
+        self.problem, self.sigma = problem, fit.scales.weights
+        # The rows give (h_1, …, h_J, η), or (w, η), of θ = (w, δ_1, …, δ_J, η).
+        rows = torch.eye(len(fit.mode), dtype=torch.float64)
+        if problem.num_annotators:
+            d = problem.dim
+            shared = torch.eye(d, dtype=torch.float64).repeat(problem.num_annotators, 1)
+            rows = rows[d:]
+            rows[: len(shared), :d] = shared
+        self.location = rows @ fit.mode
+        self.factor = torch.linalg.cholesky(rows @ fit.covariance @ rows.T)
+        # With it the density of z is p(y, h, η) |L|, so that the ELBO bounds the evidence log p(y | σ).
+        self.constant = float(self.factor.diagonal().log().sum()) - problem.has_ties * math.log(TIE_SCALE)
 
     def __call__(self) -> None:
         import pyro
         from pyro import distributions as dist
 
-        size, zero = len(self.location), torch.zeros((), dtype=torch.float64)
-        z = pyro.sample("z", dist.Normal(zero, zero + 1).expand([size]).to_event(1))
-        unit = scale = None
-        if self.problem.num_annotators:
-            shape = [self.problem.num_annotators, self.problem.dim]
-            scale = pyro.sample("annotator_scale", dist.HalfNormal(zero + 1))
-            unit = pyro.sample("deviations", dist.Normal(zero, zero + 1).expand(shape).to_event(2))
-        weights, deviations, eta = self.parameters(z, unit, scale)
-        log_prior = -0.5 * (weights / self.fit.scales.weights).square().sum(-1)
+        zero = torch.zeros((), dtype=torch.float64)
+        z = pyro.sample("z", dist.Normal(zero, zero + 1).expand([len(self.location)]).to_event(1))
+        tau = pyro.sample("annotator_scale", dist.HalfNormal(zero + 1)) if self.problem.num_annotators else None
+        heads, eta = self.parameters(z)
+        if tau is None:
+            said = self.problem.log_likelihood(heads[..., 0, :], None, eta)
+        else:
+            said = self.problem.log_likelihood(torch.zeros_like(heads[..., 0, :]), heads, eta)
+        log_prior = self.log_prior(heads, tau)
         if eta is not None:
             log_prior = log_prior - 0.5 * (eta / TIE_SCALE) ** 2
         # z has the density N(0, I) already, which is taken away again; factors of 2π are as many in both.
-        log_density = self.problem.log_likelihood(weights, deviations, eta) + log_prior + 0.5 * z.square().sum(-1)
-        pyro.factor("pairs", log_density + self.constant)
+        pyro.factor("pairs", said + log_prior + 0.5 * z.square().sum(-1) + self.constant)
 
-    def parameters(
-        self, z: Tensor, unit: Tensor | None, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """w (..., D), δ (..., J, D) and η (...)."""
+    def log_prior(self, heads: Tensor, tau: Tensor | None) -> Tensor:
+        """(...) log p(h | τ) but for 2π, of heads (..., J, D): each feature has N(0, τ²I + σ²11ᵀ) over the heads."""
+        sigma, (count, dim) = self.sigma, heads.shape[-2:]
+        squares = heads.square().sum((-2, -1))
+        if tau is None:
+            return -0.5 * squares / sigma**2 - dim * math.log(sigma)
+        total = tau**2 + count * sigma**2
+        shared = heads.sum(-2).square().sum(-1) * sigma**2 / total
+        log_det = 2 * (count - 1) * tau.log() + total.log()
+        return -0.5 * (squares - shared) / tau**2 - 0.5 * dim * log_det
+
+    def parameters(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Heads (..., J, D), J = 1 without annotators, and η (...)."""
         theta = self.location + z @ self.factor.T
-        deviations = None if unit is None or scale is None else unit * scale[..., None, None]
-        return theta[..., : self.problem.dim], deviations, theta[..., -1] if self.problem.has_ties else None
+        eta = theta[..., -1] if self.problem.has_ties else None
+        size = theta.shape[-1] - self.problem.has_ties
+        return theta[..., :size].unflatten(-1, (-1, self.problem.dim)), eta
 
     def head_draws(self, sites: dict[str, Tensor], generator: torch.Generator) -> HeadDraws:
         """Draws of the sites (M, ...), as draws of a head."""
-        scale = sites.get("annotator_scale")
-        weights, deviations, eta = self.parameters(sites["z"], sites.get("deviations"), scale)
-        unknown = None
-        if scale is not None:
-            unknown = scale[:, None] * torch.randn(weights.shape, dtype=torch.float64, generator=generator)
-        return HeadDraws(*(None if one is None else one.detach() for one in (weights, deviations, unknown, eta)))  # type: ignore[arg-type]
+        heads, eta = self.parameters(sites["z"].detach())
+        if not self.problem.num_annotators:
+            return HeadDraws(heads[:, 0], eta=eta)
+        tau = sites["annotator_scale"].detach()[:, None]
+        noise = torch.randn(2, len(heads), self.problem.dim, dtype=torch.float64, generator=generator)
+        variance = 1 / (self.sigma**-2 + self.problem.num_annotators * tau**-2)
+        weights = variance * heads.sum(1) / tau**2 + variance.sqrt() * noise[0]
+        return HeadDraws(weights, heads - weights[:, None], tau * noise[1], eta)
 
 
 def nuts(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tuple[HeadDraws, dict[str, Any]]:
@@ -128,7 +145,6 @@ def autoguide(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) 
     start = {"z": torch.zeros_like(model.location)}
     if problem.num_annotators:
         start["annotator_scale"] = torch.tensor(fit.scales.annotators, dtype=torch.float64)
-        start["deviations"] = torch.zeros(problem.num_annotators, problem.dim, dtype=torch.float64)
     with _sandbox(seed):
         guide = AutoMultivariateNormal(model, init_loc_fn=init_to_value(values=start), init_scale=0.9)
         elbo = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
