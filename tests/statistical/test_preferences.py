@@ -16,8 +16,10 @@ from torch import Tensor
 
 import lmppl
 from lmppl import BayesianRewardModel
-from lmppl.modeling.evidence.preference.heads import Scales
+from lmppl.modeling.evidence.preference.features import differences
+from lmppl.modeling.evidence.preference.heads import HeadProblem, Scales
 from lmppl.modeling.evidence.preference.laplace import laplace
+from lmppl.modeling.evidence.preference.pairs import read_pairs
 from lmppl.modeling.evidence.preference.sampling import autoguide, nuts
 from tests.modeling.preference.cases import problem, world
 
@@ -67,7 +69,7 @@ def test_the_true_head_is_covered(annotators: tuple[int, float] | None) -> None:
 
 
 def test_nuts_and_the_autoguide_against_quadrature() -> None:
-    """Two weights, 25 pairs, ties and noise, where the posterior is skewed: moments on a grid of 161 × 161 × 61.
+    """Two weights, 25 pairs, ties and noise, where the posterior is skewed: moments on a grid of 121 × 121 × 61.
 
     NUTS within four of its standard errors; the AutoGuide's moments within 0.15 of a spread; Laplace misses the mean.
     """
@@ -83,11 +85,11 @@ def test_nuts_and_the_autoguide_against_quadrature() -> None:
     weight = torch.cat(values).softmax(0)
     mean = weight @ grid
     spread = (weight @ (grid - mean) ** 2).sqrt()
-    drawn, facts = nuts(one, fit, 1500, 0)
+    drawn, facts = nuts(one, fit, 600, 0)
     draws = torch.cat([drawn.weights, drawn.eta[:, None]], 1)  # type: ignore[index]
     error = spread / facts["n_eff"] ** 0.5
     assert float(((draws.mean(0) - mean) / error).abs().max()) < 4
-    assert float((draws.std(0) / spread - 1).abs().max()) < 0.15
+    assert float((draws.std(0) / spread - 1).abs().max()) < 0.2
     guided, said = autoguide(one, fit, 4000, 0)
     draws = torch.cat([guided.weights, guided.eta[:, None]], 1)  # type: ignore[index]
     assert float(((draws.mean(0) - mean) / spread).abs().max()) < 0.15
@@ -146,24 +148,53 @@ def test_laplace_and_nuts_part_where_pairs_are_few(shared: Path) -> None:
     assert "they differ in columns" in repr(agreement)
 
 
+def both_objectives(shared: Path) -> list[lmppl.Preference]:
+    files = (("harmless", "harmless-base-test"), ("helpful", "relabeled-helpful-test"))
+    return [lmppl.Preference(*p, annotator=name) for name, file in files for p in real_pairs(shared, file)]
+
+
 @pytest.mark.shared
 def test_two_objectives_are_two_annotators(shared: Path) -> None:
     """The same dialogues judged for harmlessness, which likes short answers, and helpfulness, which likes long ones.
 
-    Heads of annotators explain both; one population is contradicted. τ is known from two annotators only: NUTS
-    averages over it and Laplace keeps its most probable value, so that its spread of the population's head is smaller.
+    Heads of annotators explain both; one population is contradicted.
     """
-    files = (("harmless", "harmless-base-test"), ("helpful", "relabeled-helpful-test"))
-    named = [lmppl.Preference(*p, annotator=name) for name, file in files for p in real_pairs(shared, file)]
+    named = both_objectives(shared)
     anonymous = [lmppl.Preference(one.chosen, one.rejected) for one in named]
     two, one = (BayesianRewardModel.fit(pairs, manners, prior_scale=0.3) for pairs in (named, anonymous))
     reports = [model.evaluate(named) for model in (two, one)]
     assert reports[0].log_likelihood.value.item() > reports[1].log_likelihood.value.item() + 0.01
     assert reports[0].contradictions == ()
     assert "agreement of helpful" in {check.name for check in reports[1].contradictions}
-    some = [pair for pair in named if len(answer(pair.chosen)) % 16 == 0]
-    laplace_fit, nuts_fit = (
-        BayesianRewardModel.fit(some, manners, posterior=name, num_draws=300, prior_scale=3.0)
+
+
+def integrated_spread(one: HeadProblem, sigma: float) -> Tensor:
+    """(D,) standard deviations of w when the Laplace approximations at 60 values of τ are weighed by p(τ | y)."""
+    log_taus = torch.linspace(-4.5, 1.8, 60, dtype=torch.float64).tolist()
+    fits = [laplace(one, Scales(sigma, math.exp(t))) for t in log_taus]
+    weight = torch.tensor(
+        [f.log_evidence + t - math.exp(2 * t) / 2 for f, t in zip(fits, log_taus, strict=True)], dtype=torch.float64
+    ).softmax(0)
+    modes = torch.stack([f.mode[: one.dim] for f in fits])
+    variances = torch.stack([f.covariance.diagonal()[: one.dim] for f in fits])
+    mean = weight @ modes
+    return (weight @ (variances + (modes - mean) ** 2)).sqrt()
+
+
+@pytest.mark.shared
+def test_laplace_leaves_out_what_two_annotators_leave_open(shared: Path) -> None:
+    """τ of two annotators is hardly known: Laplace's spread of w is too small by a fifth or more; NUTS has it right.
+
+    The truth is an integral over τ; the spread of 400 draws with a heavy tail is known to a third or so.
+    """
+    named = [pair for pair in both_objectives(shared) if len(answer(pair.chosen)) % 16 == 0]
+    first, second = (
+        BayesianRewardModel.fit(named, manners, posterior=name, num_draws=400, prior_scale=3.0)
         for name in ("laplace", "nuts")
     )
-    assert float(laplace_fit.agreement(nuts_fit).ratio.max()) < 0.9
+    known = read_pairs(named, "test", "text")
+    delta = differences(first.belief.features, known, "test")
+    truth = integrated_spread(HeadProblem(delta, known.tie, known.annotator, 2, 0.0), 3.0)
+    ratios = [model.posterior.covariance.diagonal().sqrt() / truth for model in (first, second)]
+    assert float(ratios[0].max()) < 0.8
+    assert float((ratios[1].log()).abs().max()) < math.log(4 / 3)

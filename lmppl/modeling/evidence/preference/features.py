@@ -109,8 +109,8 @@ def standardise(fn: Featuriser, pairs: Pairs, who: str) -> tuple[Standardised, T
 
 def differences(features: Standardised, pairs: Pairs, who: str) -> Tensor:
     """(N, D) f(chosen) − f(rejected)."""
-    first, second = features([*pairs.chosen, *pairs.rejected], who).split(len(pairs))
-    return first - second
+    both = features([*pairs.chosen, *pairs.rejected], who)
+    return both[: len(pairs)] - both[len(pairs) :]
 
 
 def _refuse_columns(bad: Tensor, message: str) -> None:
