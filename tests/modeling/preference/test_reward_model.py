@@ -19,6 +19,7 @@ from lmppl.modeling.evidence.preference.posteriors import DrawnHead
 from lmppl.modeling.evidence.preference.reward_model import HeadBelief
 from lmppl.modeling.graph import FactorGraph
 from lmppl.modeling.target import Target
+from lmppl.testing import check_factor
 from tests.modeling.preference.cases import f64, world
 from tests.models import TOLERANCE, all_outcomes, brute_force, enumerable_models
 
@@ -231,3 +232,11 @@ def test_scales_are_stated_or_found() -> None:
     assert 0.02 < found["prior_scale"] < 20
     assert found["log_evidence"] > stated["log_evidence"]
     assert found["num_pairs"] == 100
+
+
+@LMS
+@pytest.mark.parametrize("references", [None, 4])
+def test_it_keeps_the_laws_of_factors(lm: LanguageModel, references: int | None) -> None:
+    """log φ is a function of text and context, alone or in a batch, centred or not."""
+    check_factor(fitted(attitude=lmppl.Robust(0.8), num_references=references), lm)
+    check_factor(PreferenceDistribution.fit(PAIRS, counts, attitude=lmppl.Quantile(0.2), num_references=references), lm)
