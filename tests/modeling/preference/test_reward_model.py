@@ -15,8 +15,8 @@ import lmppl
 from lmppl import BayesianRewardModel, PreferenceDistribution
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.beliefs import Gaussian
+from lmppl.modeling.evidence.preference.head_belief import HeadBelief
 from lmppl.modeling.evidence.preference.posteriors import DrawnHead
-from lmppl.modeling.evidence.preference.reward_model import HeadBelief
 from lmppl.modeling.graph import FactorGraph
 from lmppl.modeling.target import Target
 from lmppl.testing import check_factor

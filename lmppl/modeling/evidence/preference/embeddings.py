@@ -70,7 +70,7 @@ class EncoderFeatures:
         return torch.stack(rows)[back]
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # it is cut, or refused, here
         if not ids:
             raise ModelError(
                 f"{self.__name__} reads the text {text!r} as no token; use on='full', so that its context is read too, "

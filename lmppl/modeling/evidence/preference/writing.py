@@ -14,7 +14,7 @@ from lmppl.modeling.evidence.preference.features import Featuriser, Standardised
 from lmppl.modeling.evidence.preference.posteriors import DrawnHead, GaussianHead, HeadDraws, HeadPosterior
 
 if TYPE_CHECKING:
-    from lmppl.modeling.evidence.preference.reward_model import HeadBelief
+    from lmppl.modeling.evidence.preference.head_belief import HeadBelief
 
 __all__ = ["read_belief_data", "read_tensor", "write_belief_data", "write_tensor"]
 
