@@ -33,7 +33,7 @@ IMPORTS_DISTRIBUTED_LAZILY = "lmppl/inference/run.py"  # where the run loop is, 
 HUGGING_FACE_PLACES = (
     "lmppl/lm/",
     "lmppl/modeling/evidence/reward.py",
-    "lmppl/modeling/evidence/preference.py",
+    "lmppl/modeling/evidence/preference/",
     "lmppl/inference/variational/",
     "lmppl/distributed/",
 )
@@ -42,7 +42,7 @@ PLACES_OF_LIBRARY = {
     "pyro": (
         "lmppl/lm/",
         "lmppl/modeling/program.py",
-        "lmppl/modeling/evidence/preference.py",
+        "lmppl/modeling/evidence/preference/",
         "lmppl/inference/pyro_bridge.py",
     ),
     "transformers": HUGGING_FACE_PLACES,
@@ -171,7 +171,8 @@ HOUSE = {
     "lmppl/modeling/program.py": "from pyro import poutine",
     "lmppl/modeling/evidence/__init__.py": "__all__: list[str] = []",
     "lmppl/modeling/evidence/reward.py": "def load():\n    import transformers",
-    "lmppl/modeling/evidence/preference.py": "import pyro\nimport transformers",
+    "lmppl/modeling/evidence/preference/__init__.py": "__all__ = []",
+    "lmppl/modeling/evidence/preference/sampling.py": "import pyro\nimport transformers",
     "lmppl/inference/__init__.py": "__all__ = []",
     "lmppl/inference/run.py": "def run():\n    from lmppl.distributed import serial\n    return serial",
     "lmppl/inference/smc.py": "from lmppl.diagnostics import weights\nimport lmppl.inference.engine",

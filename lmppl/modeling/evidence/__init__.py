@@ -20,6 +20,13 @@ from lmppl.modeling.evidence.languages import (
 from lmppl.modeling.evidence.lm_factors import Classifier, InfillingFactor, LMFactor
 from lmppl.modeling.evidence.moments import Moment
 from lmppl.modeling.evidence.power import PowerPrior
+from lmppl.modeling.evidence.preference import (
+    BayesianRewardModel,
+    EncoderFeatures,
+    LMFeatures,
+    Preference,
+    PreferenceDistribution,
+)
 from lmppl.modeling.evidence.remote_judge import RemoteJudge
 from lmppl.modeling.evidence.reward import Optimality, Reward
 from lmppl.modeling.evidence.reward_sources import DeepEnsemble, LaplaceLastLayer, MCDropout, PosteriorDraws
@@ -29,17 +36,20 @@ __all__ = [
     "Automaton",
     "BagOfWords",
     "Banned",
+    "BayesianRewardModel",
     "Classifier",
     "Combination",
     "Constraint",
     "Contains",
     "CutMixture",
     "DeepEnsemble",
+    "EncoderFeatures",
     "Finished",
     "Grammar",
     "InfillingFactor",
     "JsonSchema",
     "LMFactor",
+    "LMFeatures",
     "Language",
     "LaplaceLastLayer",
     "LowerBound",
@@ -53,6 +63,8 @@ __all__ = [
     "Optimality",
     "PosteriorDraws",
     "PowerPrior",
+    "Preference",
+    "PreferenceDistribution",
     "Quantile",
     "Regex",
     "RemoteJudge",

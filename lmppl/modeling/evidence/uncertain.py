@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -238,8 +239,11 @@ class SpreadGate(Factor):
 
     def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
         """As `Factor.bind`, with the features of the bound reward."""
-        references = self.reward.num_references
-        return self if references is None else centred(self, lm, references)
+        if self.reward.num_references is None:
+            return self
+        bound = copy.copy(self)
+        object.__setattr__(bound, "features", self.reward.bind(lm).features)
+        return bound
 
     def describe(self) -> dict[str, Any]:
         """As `Factor.describe`, with the reward and the limit."""
@@ -250,7 +254,10 @@ class SpreadGate(Factor):
         cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
     ) -> Self:
         """The factor that `describe` described, from its features."""
-        reward = UncertainReward.from_description(data["reward"], features, functions)
+        from lmppl.modeling import evidence
+
+        kind: type[UncertainReward] = getattr(evidence, data["reward"]["kind"])
+        reward = kind.from_description(data["reward"], features, functions)
         return cls(reward, float(data["max_spread"]), name=data["name"])
 
 
