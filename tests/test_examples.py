@@ -20,6 +20,7 @@ NEEDS = {"reviews.py": ("profanity_check", "vaderSentiment")}
 FEW = {
     "chains.py": 10,
     "enumerate.py": 50,
+    "forms.py": 10,
     "guided.py": 8,
     "judges.py": 10,
     "paris.py": 1,

@@ -14,8 +14,8 @@ import lmppl
 from lmppl.errors import ModelError
 from lmppl.lm import LM
 from lmppl.lm.tabular import TabularLM
-from lmppl.modeling.evidence import Grammar, JsonSchema
-from lmppl.modeling.evidence.languages.grammar_engine import TokenBytes, TokenMasks
+from lmppl.modeling.evidence import Finished, Grammar, JsonSchema
+from lmppl.modeling.evidence.languages.grammar_engine import TokenBytes, TokenMasks, token_bytes
 from lmppl.modeling.evidence.languages.grammar_prefixes import GrammarPrefixes
 from lmppl.testing import check_factor
 from tests.modeling.test_prefixes import build
@@ -177,6 +177,24 @@ def test_engines_draw_from_the_posterior(engine: lmppl.Engine) -> None:
     assert abs(float(estimate.value[0]) - truth[best]) < 0.06
     for one in found.log_normalizer[:1]:
         assert float((one.log_value - exact.log_normalizer[0].log_value).abs().max()) < 0.15
+
+
+def test_the_embedded_lm_writes_documents() -> None:
+    lm = LM("tiny", context="The film was ", max_new_tokens=40)
+    review = JsonSchema(
+        {
+            "type": "object",
+            "properties": {"film": {"enum": ["good", "bad"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}},
+            "required": ["film", "stars"],
+            "additionalProperties": False,
+        }
+    )
+    posterior = lmppl.infer(lm * review * Finished(), lmppl.SMC(32, num_sweeps=2), seed=1)
+    for text in posterior.draw(20).text:
+        assert json.loads(text)["film"] in ("good", "bad")
+    tokens = token_bytes(lm)
+    assert tokens is not None
+    assert b"\xff" in tokens.inside  # a byte that llguidance takes for a mark of its own
 
 
 def test_gbnf_is_read_too() -> None:

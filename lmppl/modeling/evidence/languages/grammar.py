@@ -56,7 +56,7 @@ class Grammar(Language):
 
     References
     ----------
-    geng2023, koo2024
+    geng2023, park2024
     """
 
     text: GrammarText
@@ -72,11 +72,16 @@ class Grammar(Language):
         kind = type(self).__name__
         trouble = LLMatcher.validate_grammar(grammar)
         if trouble:
-            raise ModelError(f"{kind}: {trouble.strip()}")
+            raise ModelError(f"{kind}: {self.trouble(trouble.strip())}")
         text = GrammarText(grammar)
         label = snake_case(kind)
         Constraint.__init__(self, Feature(label, text), name=name or label)
         self._set(arguments=dict(arguments), formula=formula, named=name is not None, text=text)
+
+    @staticmethod
+    def trouble(message: str) -> str:
+        """What to say where llguidance refuses the grammar."""
+        return f"llguidance cannot read the grammar: {message}"
 
     def accepts(self, texts: Sequence[str]) -> Tensor:
         """As `Language.accepts`; a text with U+FFFD belongs to no grammar."""
@@ -122,6 +127,13 @@ class JsonSchema(Grammar):
         value = {"name": "value", "json_schema": _with_options(data)}
         grammar = whole_grammar(f"{SPACE} @value {SPACE}", [value])
         self._declare_grammar(grammar, {"schema": data}, name, "1[x is JSON of the schema]")
+
+    @staticmethod
+    def trouble(message: str) -> str:
+        """As `Grammar.trouble`."""
+        if message.startswith("Unsatisfiable"):
+            return f"no document is allowed: {message}"
+        return f"llguidance does not support it: {message}; leave it out, or check it with Constraint(fn)"
 
 
 class _GrammarForm:

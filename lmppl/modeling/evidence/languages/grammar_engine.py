@@ -23,6 +23,7 @@ __all__ = ["GrammarText", "TokenBytes", "TokenMasks", "token_bytes", "whole_gram
 
 CLOSING = b"\x00"  # a character that closes a text: see `TokenMasks.completing`
 REPLACEMENT = "\ufffd".encode()  # what decoders write for bytes that are no character
+NEVER = b"\xff"  # a byte of no character, which llguidance does not show
 WORD = 32  # bits
 
 
@@ -98,7 +99,7 @@ def token_bytes(lm: LanguageModel) -> TokenBytes | None:
 
         read = from_tokenizer(tokenizer, n_vocab=lm.vocab_size, slices=[])
         for v in unsettled:
-            own = read.decode_bytes([v])
+            own = read.decode_bytes([v]) or NEVER
             if not bool(spelling.partial[v]) and own != inside[v]:
                 return None
             inside[v] = first[v] = own
