@@ -124,7 +124,8 @@ class Rejection(Engine):
             lately = tally(parts[-1:], contexts)
             before = 0.0 if len(parts) == 1 else _proposals_needed(last.wanted, tried - lately[0], accepted - lately[1])
             if before <= MANY_PROPOSALS < _proposals_needed(last.wanted, tried, accepted):
-                _announce(last.wanted, tried, accepted, float(parts[0].info["log_upper"]))
+                engine = "smc" if target.form.incremental else "importance"  # a form steers particles
+                _announce(last.wanted, tried, accepted, float(parts[0].info["log_upper"]), engine)
         return self._next(target, last.id + 1, last.seed, last.wanted, tried, accepted)
 
     def _next(
@@ -228,14 +229,14 @@ def _proposals_needed(wanted: int, tried: Tensor, accepted: Tensor) -> float:
     return wanted * float((tried / accepted.clamp_min(1)).max())
 
 
-def _announce(wanted: int, tried: Tensor, accepted: Tensor, log_bound: float) -> None:
+def _announce(wanted: int, tried: Tensor, accepted: Tensor, log_bound: float, engine: str) -> None:
     """Say how long the run will be."""
     c = int((tried / accepted.clamp_min(1)).argmax())
     needed = _proposals_needed(wanted, tried, accepted)
     seen = int(accepted[c]) > 0
     log.warning(
         "rejection: %s 1 in %s proposals is accepted (%s of %s so far), so that %s draws need %s %s proposals; "
-        "%sfewer draws, or the engine 'importance' takes less",
+        "%sfewer draws, or the engine '%s' takes less",
         "about" if seen else "fewer than",
         f"{needed / wanted:,.0f}",
         f"{int(accepted[c]):,}" if seen else "none",
@@ -244,6 +245,7 @@ def _announce(wanted: int, tried: Tensor, accepted: Tensor, log_bound: float) ->
         "some" if seen else "more than",
         f"{needed:,.0f}",
         "a tighter upper=, " if log_bound != 0.0 else "",
+        engine,
     )
 
 

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from lmppl.lm.tabular import TabularLM
+from lmppl.modeling.evidence.attitudes import Robust
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.constraint import Constraint
+from lmppl.modeling.evidence.languages import Finished, Regex
+from lmppl.modeling.evidence.lm_factors import LMFactor
 from lmppl.modeling.evidence.reward import Optimality, Reward
+from lmppl.modeling.evidence.uncertain import UncertainReward
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.modeling.model import Model
 from lmppl.sequences import Sequences
-from lmppl.testing.brute_force import outcomes
+from lmppl.testing.brute_force import Outcome, outcomes
 from lmppl.testing.reference import ReferencePosterior, enumerated
 
 __all__ = ["RECORDED", "references"]
@@ -36,6 +40,7 @@ RECORDED = {  # log Z of each context, in nats: version 1
     "reward_and_constraint": (0.13499802669547378,),
     "two_contexts": (0.4491566600473875, 1.1969317719292778),
     "forced_length": (1.784330520304553,),
+    "languages_and_experts": (-1.595179490728597,),
     "sparse_support": (3.0804130279062063,),
     "long_horizon": (-0.5260083898499488,),
 }
@@ -48,6 +53,7 @@ BIGRAM = (  # after a, after b, after <eos> (never asked), at the start
     (0.00, 0.00, 1.00),
     (0.55, 0.35, 0.10),
 )
+EXPERT = ((0.2, 0.2, 0.6), (0.7, 0.2, 0.1), (0.0, 0.0, 1.0), (0.3, 0.6, 0.1))
 FORCED = ((0.2, 0.5, 0.3), (0.6, 0.1, 0.3), (0.25, 0.25, 0.5), (0.4, 0.4, 0.2))  # no <eos>: symbols a, b, c
 TREE = {  # with zeros: the support is no product set
     (): (0.5, 0.5, 0.0),
@@ -103,6 +109,11 @@ def is_bbbb(texts: list[str]) -> list[bool]:
 def changes(full_texts: list[str]) -> list[int]:
     """How often the symbol changes in each context + completion."""
     return [sum(a != b for a, b in itertools.pairwise(text)) for text in full_texts]
+
+
+def two_judges(texts: list[str]) -> list[list[int]]:
+    """An ensemble: one judge counts "a", the other "b" twice."""
+    return [[text.count("a"), 2 * text.count("b")] for text in texts]
 
 
 def ended(rows: Sequences) -> Tensor:
@@ -171,6 +182,24 @@ def _forced_length() -> ReferencePosterior:
     )  # fmt: skip
 
 
+def _languages_and_experts() -> ReferencePosterior:
+    expert = TabularLM(EXPERT, SYMBOLS, max_new_tokens=4)
+    factors = (
+        Regex("[ab]*b") | ~Finished(),
+        UncertainReward(two_judges, beta=2.0, attitude=Robust(1.0), upper=8.0),
+        LMFactor(expert, 0.5),
+    )
+
+    def log_evidence(x: Outcome) -> float:
+        judges = -math.log(sum(math.exp(-r / 2) for r in two_judges([x.text])[0]) / 2)
+        before = (-1, *x.ids[:-1])
+        expert = math.fsum(math.log(EXPERT[b][token]) for b, token in zip(before, x.ids, strict=True))
+        return judges + expert / 2 + _log(x.text.endswith("b") or not x.finished)
+
+    about = "texts of a language, or cut by the cap; two judges by their certainty; another LM"
+    return _bigram("languages_and_experts", about, factors, log_evidence)
+
+
 def _sparse_support() -> ReferencePosterior:
     prior = TabularLM.from_prefixes(TREE, SYMBOLS, max_new_tokens=3)
     table = outcomes(lambda ids: TREE[ids], SYMBOLS, eos=EOS, cap=3)
@@ -202,6 +231,7 @@ BUILDERS: tuple[Callable[[], ReferencePosterior], ...] = (
     _reward_and_constraint,
     _two_contexts,
     _forced_length,
+    _languages_and_experts,
     _sparse_support,
     _long_horizon,
 )
