@@ -43,10 +43,12 @@ def refuse_infeasible(prior: LanguageModel, factors: Sequence[Factor]) -> None:
             continue
         lost = torch.nonzero(form.potential(form.start(contexts)) == -torch.inf)
         if len(lost):
+            context = prior.prompts[int(lost[0, 0])]
+            also = f" (and for {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise InfeasibleModel(
-                f"factor {factor.name!r}: it allows no text of at most {prior.max_new_tokens} tokens "
-                f"after context {prior.prompts[int(lost[0, 0])]!r}: Z = 0; raise max_new_tokens, loosen it, or "
-                "check whether the tokenizer has its characters (completions often begin with a space)"
+                f"Z = 0 for context {context!r}{also}: factor {factor.name!r} alone excludes every outcome of at most "
+                f"{prior.max_new_tokens} tokens; raise max_new_tokens, loosen it, or check whether the tokenizer has its "
+                "characters (completions often begin with a space)"
             )
     together = [f for f in predicates if f.automaton is not None and f.automaton.over == "characters"]
     automata = [f.automaton for f in together if f.automaton is not None]
@@ -61,10 +63,13 @@ def _refuse_together(prior: LanguageModel, names: Sequence[str], product: Automa
     shortest = product.shortest()
     listed = " and ".join(map(repr, names))
     if shortest is None:
-        raise InfeasibleModel(f"factors {listed}: no text is allowed by all of them: Z = 0; loosen one")
+        raise InfeasibleModel(
+            f"Z = 0: no factor alone excludes every outcome, but {listed} together allow no text; loosen one"
+        )
     longest = max(len(piece) for piece in (*prior.spelling.pieces, *prior.spelling.first))
     if prior.spelling.additive and len(shortest) > longest * prior.max_new_tokens:
         raise InfeasibleModel(
-            f"factors {listed}: the shortest text that all of them allow has {len(shortest)} characters, which "
-            f"{prior.max_new_tokens} tokens cannot write: Z = 0; raise max_new_tokens, or loosen one"
+            f"Z = 0: no factor alone excludes every outcome, but the shortest text that {listed} allow together has "
+            f"{len(shortest)} characters, which {prior.max_new_tokens} tokens cannot write; raise max_new_tokens, or "
+            "loosen one"
         )

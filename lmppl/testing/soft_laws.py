@@ -40,7 +40,8 @@ def check_soft(report: Report, factor: Factor, lm: LanguageModel | None, seed: i
         return found.double().sum()
 
     leaves = [part.clone().requires_grad_() for part in point]
-    total = value(leaves)
+    with torch.enable_grad():
+        total = value(leaves)
     report.require(total.requires_grad, LAW, "a value without a gradient", "one that follows its step")
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     generator = torch.Generator().manual_seed(seed)

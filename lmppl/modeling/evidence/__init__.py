@@ -7,7 +7,6 @@ from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.cut_mixture import CutMixture
 from lmppl.modeling.evidence.languages import (
     Banned,
-    Combination,
     Contains,
     Finished,
     Grammar,
@@ -38,7 +37,6 @@ __all__ = [
     "Banned",
     "BayesianRewardModel",
     "Classifier",
-    "Combination",
     "Constraint",
     "Contains",
     "CutMixture",

@@ -2,13 +2,12 @@
 
 from lmppl.modeling.evidence.languages.finished import Finished
 from lmppl.modeling.evidence.languages.grammar import Grammar, JsonSchema
-from lmppl.modeling.evidence.languages.language import Combination, Language
+from lmppl.modeling.evidence.languages.language import Language
 from lmppl.modeling.evidence.languages.regex import Regex
 from lmppl.modeling.evidence.languages.words import Banned, Contains, MaxWords, OneOf
 
 __all__ = [
     "Banned",
-    "Combination",
     "Contains",
     "Finished",
     "Grammar",

@@ -60,8 +60,9 @@ class GrammarPrefixes:
         ends = torch.zeros(lm.vocab_size, dtype=torch.bool)
         ends[list(lm.eos_ids)] = True
         self.ends = ends
-        self.mute = ~ends & torch.tensor([not one for one in tokens.inside])
-        self._is_mute, self._is_silent = self.mute.tolist(), lm.spelling.silent.tolist()
+        # Tokens without text, behind others and at the beginning of a text.
+        self.mute = [~ends & torch.tensor([not one for one in listed]) for listed in (tokens.inside, tokens.first)]
+        self._is_mute, self._is_silent = [one.tolist() for one in self.mute], lm.spelling.silent.tolist()
         self._known: dict[tuple[tuple[int, ...], bool, bool], Tensor] = {}
 
     def start(self, contexts: Tensor, step: Step | None = None) -> GrammarRows:
@@ -132,7 +133,7 @@ class GrammarPrefixes:
         begun = not (self.differs and self.lm.begins_text[context])
         prefix = []
         for token in ids[:length]:
-            if not self._is_mute[token]:
+            if not self._is_mute[not begun][token]:
                 prefix.append(token if begun else token + self.lm.vocab_size)
             begun = begun or not self._is_silent[token]
         return tuple(prefix), begun, length + 1 == self.horizon
@@ -144,12 +145,13 @@ class GrammarPrefixes:
         allowed, accepting = self.masks.allowed(prefixes)
         if last:
             allowed = self.masks.completing(prefixes)
-        here = allowed[:, :vocab]
+        here, mute = allowed[:, :vocab], self.mute[0]
         if self.differs:
-            begun = torch.tensor([one for _, one, _ in keys])
-            here = torch.where(begun[:, None], here, allowed[:, vocab:])
+            begun = torch.tensor([[one] for _, one, _ in keys])
+            here = torch.where(begun, here, allowed[:, vocab:])
+            mute = torch.where(begun, self.mute[0], self.mute[1])
         may_stay = accepting if last else torch.ones_like(accepting)
-        here = torch.where(self.ends, accepting[:, None], torch.where(self.mute, may_stay[:, None], here))
+        here = torch.where(self.ends, accepting[:, None], torch.where(mute, may_stay[:, None], here))
         return torch.zeros(here.shape, dtype=MASK).masked_fill_(~here, -torch.inf)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Language(Constraint):
 
     def _declare(self, automaton: Automaton, arguments: Mapping[str, Any], name: str | None, formula: str) -> None:
         """Be the constraint of an automaton; `arguments` are those of the class, as plain data."""
-        kind = type(self).__name__
+        kind = self.kind
         if automaton.shortest() is None:
             raise ModelError(f"{kind}: no text is allowed by {formula}: the language is empty")
         Constraint.__init__(self, automaton, name=name or snake_case(kind))
@@ -106,9 +106,10 @@ class Language(Constraint):
     @classmethod
     def from_description(
         cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
-    ) -> Self:
+    ) -> Language:
         """The factor that `describe` described, from the arguments of the class."""
-        return cls(**cls.read_arguments(data["arguments"]), name=data["name"])
+        kind = Combination if "operation" in data["arguments"] else cls
+        return kind(**kind.read_arguments(data["arguments"]), name=data["name"])
 
     @classmethod
     def read_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,6 +143,11 @@ class Combination(Language):
 
     operation: Operation
     parts: tuple[Language, ...]
+
+    @property
+    def kind(self) -> str:
+        """As `Factor.kind`: a language that was made from others."""
+        return "Language"
 
     def __init__(self, operation: Operation, parts: Sequence[Language], *, name: str | None = None) -> None:
         parts = tuple(parts)
@@ -196,9 +202,7 @@ class Combination(Language):
         """As `Language.read_arguments`."""
         from lmppl.modeling import evidence
 
-        parts = [
-            getattr(evidence, one["kind"], Combination).from_description(one, (), {}) for one in arguments["parts"]
-        ]
+        parts = [getattr(evidence, one["kind"]).from_description(one, (), {}) for one in arguments["parts"]]
         return {"operation": arguments["operation"], "parts": parts}
 
 
