@@ -39,7 +39,7 @@ def two_chains(model):
     ("shape", "waiting"),
     [
         ("soft", 1),
-        ("hard", rolling.WAITING),
+        pytest.param("hard", rolling.WAITING, marks=pytest.mark.slow),
         pytest.param("soft", rolling.WAITING, marks=pytest.mark.slow),  # ten seconds each
     ],
 )

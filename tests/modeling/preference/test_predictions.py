@@ -93,6 +93,7 @@ def evaluated(log_p: torch.Tensor, pairs: list[tuple[str, str]]) -> Evaluation:
     return evaluate_predictions(log_p, read_pairs(pairs, "test", "text"), lambda n: replicate.expand(len(n), -1, -1))
 
 
+@pytest.mark.slow  # eight seconds of replicates
 def test_calibration_has_its_size_and_its_power() -> None:
     """40 evaluations of true predictions: at most 6 with p < 0.05 (probability 0.003 of more); overconfident: all."""
 
