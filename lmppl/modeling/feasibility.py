@@ -47,8 +47,8 @@ def refuse_infeasible(prior: LanguageModel, factors: Sequence[Factor]) -> None:
             also = f" (and for {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise InfeasibleModel(
                 f"Z = 0 for context {context!r}{also}: factor {factor.name!r} alone excludes every outcome of at most "
-                f"{prior.max_new_tokens} tokens; raise max_new_tokens, loosen it, or check whether the tokenizer has its "
-                "characters (completions often begin with a space)"
+                f"{prior.max_new_tokens} tokens; raise max_new_tokens, loosen it, or check whether the tokenizer has "
+                "its characters (completions often begin with a space)"
             )
     together = [f for f in predicates if f.automaton is not None and f.automaton.over == "characters"]
     automata = [f.automaton for f in together if f.automaton is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
+from lmppl.lm.spelling import PARTIAL
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.character_sets import as_set
 
@@ -243,10 +244,20 @@ class _Tables:
         self.unusual = self.open.long()
         self.live = automaton.live().to(device)
         self.live_beyond = _live_beyond_ascii(automaton).to(device)
+        self.goes_beyond = _goes_beyond_ascii(automaton).to(device)
+        self.opening = self._openings()
         self.alive = self._alive() if size * vocab <= EXACT_CELLS else self._alive_by_characters()
         self._like = self.alive.unique(dim=0, return_inverse=True)[1].tolist()  # horizons with equal rows share masks
         self._masks: dict[tuple[bool, int, bool], tuple[Tensor, Tensor]] = {}
         self._runs: dict[tuple[tuple[int, ...], int, bool, int], Tensor] = {}
+
+    def _openings(self) -> list[tuple[Tensor, list[str]]] | None:
+        """Open tokens, and what of their text is settled: behind it stands a character outside ASCII."""
+        opening = torch.nonzero(self.open).squeeze(1)
+        if len(opening) == 0:
+            return None
+        listed = opening.tolist()
+        return [(opening, [pieces[v].partition(PARTIAL)[0] for v in listed]) for pieces in self.pieces]
 
     def rows(self, states: Tensor, beginning: bool = False) -> Tensor:
         """(Q, V) int32 the next states, of which the rows `states` are there."""
@@ -320,9 +331,11 @@ class _Tables:
     def _allowed(self, left: int, beginning: bool, states: Tensor) -> Tensor:
         """(S, V) bool."""
         allowed = self.alive[left - 1][self.rows(states, beginning)[states].long()]
-        if left > 1:
-            after = torch.where(self.partial, self.live_beyond[states][:, None], self.live[states][:, None])
-            allowed = torch.where(self.open, after, allowed)
+        if left > 1 and self.opening is not None:
+            opening, leads = self.opening[beginning and self.begins_differently]
+            before = self.automaton.lift(leads, states.cpu()).to(self.device)
+            good = torch.where(self.partial[opening], self.goes_beyond[before], self.live[states][:, None])
+            allowed[:, opening] = good
         # EOS adds no text, or is a symbol of its own.
         ends = torch.nonzero(self.ends).squeeze(1)
         allowed[:, ends] = self.accept[self.rows(states)[states][:, ends].long()]
@@ -364,11 +377,16 @@ class _Tables:
         return (distance >= 0) & (distance <= reach[:, None])
 
 
-def _live_beyond_ascii(automaton: Automaton) -> Tensor:
-    """(Q,) bool: the states from which a word with some character outside ASCII is accepted."""
+def _goes_beyond_ascii(automaton: Automaton) -> Tensor:
+    """(Q,) bool: the states from which a word that begins with a character outside ASCII is accepted."""
     beyond = [not isinstance(s, int) and as_set(s).ranges[-1][1] > 127 for s in automaton.alphabet]
     columns = torch.tensor([*beyond, True])  # any other symbol: some character outside ASCII is always among them
-    found = automaton.live()[automaton.transitions[:, columns]].any(1)
+    return automaton.live()[automaton.transitions[:, columns]].any(1)
+
+
+def _live_beyond_ascii(automaton: Automaton) -> Tensor:
+    """(Q,) bool: the states from which a word with some character outside ASCII is accepted."""
+    found = _goes_beyond_ascii(automaton)
     while True:
         wider = found | found[automaton.transitions].any(1)
         if bool((wider == found).all()):
