@@ -17,13 +17,12 @@ from torch.distributions import Categorical, constraints
 from torch.nn.functional import log_softmax
 
 from lmppl.errors import ModelError
-from lmppl.modeling.evidence import attitudes
-from lmppl.modeling.evidence.attitudes import Attitude
+from lmppl.modeling.evidence.attitudes import Attitude, check_number
 from lmppl.modeling.evidence.preference.evaluation import Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.features import Featuriser, Standardised, standardise
 from lmppl.modeling.evidence.preference.pairs import Pairs, check_for_fit, read_pairs
 from lmppl.modeling.evidence.preference.writing import read_tensor, write_tensor
-from lmppl.modeling.evidence.uncertain import UncertainReward
+from lmppl.modeling.evidence.uncertain import UncertainReward, attitude_of
 from lmppl.modeling.factors import Feature
 
 __all__ = ["Levels", "PreferenceDistribution", "PreferenceHeads"]
@@ -191,7 +190,7 @@ class PreferenceDistribution(UncertainReward):
         num_levels : int
             K ≥ 2, for "categorical".
         prior_scale : float
-            Of every weight, of the spread's too.
+            Of every weight, those of the spread and the biases of levels among them.
         beta, attitude, num_references, name, fingerprint
             As in the class.
 
@@ -204,7 +203,7 @@ class PreferenceDistribution(UncertainReward):
             raise ModelError(f"{WHO}: got kind={kind!r}, expected 'normal' or 'categorical'")
         if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 2:
             raise ModelError(f"{WHO}: got num_levels={num_levels!r}, expected at least 2")
-        attitudes.check_number(prior_scale, WHO, "prior_scale", 0.0, math.inf, "a positive number")
+        check_number(prior_scale, WHO, "prior_scale", 0.0, math.inf, "a positive number")
         known = read_pairs(pairs, WHO, on)
         check_for_fit(Pairs(known.chosen, known.rejected, known.tie, (), known.annotator), WHO)
         _refuse_ties(known)
@@ -265,11 +264,10 @@ class PreferenceDistribution(UncertainReward):
             fn = fn.features.fn
         scaled = Standardised(fn, read_tensor(data["centre"]), read_tensor(data["scale"]))
         heads = PreferenceHeads(data["heads"], read_tensor(data["weights"]), read_tensor(data["bias"]))
-        attitude = getattr(attitudes, data["attitude"])(**data["options"])
         return cls(
             HeadsOfTexts(scaled, heads, features[0].name),
             float(data["beta"]),
-            attitude,
+            attitude_of(data),
             num_references=data["num_references"],
             name=data["name"],
             on=data["on"],
