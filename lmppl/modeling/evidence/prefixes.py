@@ -19,7 +19,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log
 from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.function_contents import content_digest
 from lmppl.sequences import Sequences
@@ -106,8 +106,7 @@ class _AutomatonForm:
 
         def verdict(good: Tensor, rows: Sequences) -> Tensor:
             words: Sequence[Any] = rows.text if automaton.over == "characters" else rows.token_lists()
-            passed = good[automaton.run(words)]
-            return torch.zeros(len(rows), dtype=torch.float64).masked_fill_(~passed, -torch.inf)
+            return as_log(good[automaton.run(words)])
 
         going, ending = (lambda rows: verdict(live, rows)), (lambda rows: verdict(automaton.accept, rows))
         return PrefixReader(self.lm, going, ending, lambda: self.fingerprint)

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
@@ -21,7 +20,7 @@ from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.languages.grammar_engine import GrammarText, token_bytes, whole_grammar
 from lmppl.modeling.evidence.languages.grammar_prefixes import GrammarPrefixes
 from lmppl.modeling.evidence.languages.language import Language, snake_case
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.sequences import Sequences
 
@@ -185,14 +184,10 @@ class _GrammarForm:
         return self.form.crop(state, lengths)
 
     def _going(self, rows: Sequences) -> Tensor:
-        return _as_log(self.text.begins(rows.text))
+        return as_log(self.text.begins(rows.text))
 
     def _ending(self, rows: Sequences) -> Tensor:
-        return _as_log(self.text(rows.text))
-
-
-def _as_log(allowed: Tensor) -> Tensor:
-    return torch.zeros(len(allowed), dtype=torch.float64).masked_fill_(~allowed, -torch.inf)
+        return as_log(self.text(rows.text))
 
 
 def _read_schema(schema: Any) -> Any:

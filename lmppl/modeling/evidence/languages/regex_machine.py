@@ -97,7 +97,7 @@ def containing_automaton(words: Iterable[str], *, whole_words: bool = False, ign
     ----------
     words : iterable of str
     whole_words : bool
-        As between two `\\b`-like places: no letter, digit or underscore (`\\w`) before the word, and none after it.
+        Neither a letter, a digit nor an underscore (`\w`) before the word or after it.
     ignore_case : bool
         As `re.IGNORECASE`.
     """
