@@ -243,7 +243,8 @@ def test_a_gate_knows_the_centred_spread() -> None:
     rows = all_outcomes(SMALL, 1)
     spread = next(iter(target.features(rows).values()))[:, 1]
     assert ((target.log_factors(rows)["r_known"] == 0) == (spread <= 2.0)).all()
-    assert bool((spread <= 2.0).any()) and bool((spread > 2.0).any())
+    assert bool((spread <= 2.0).any())
+    assert bool((spread > 2.0).any())
 
 
 def test_the_declaration_round_trips() -> None:

@@ -208,7 +208,7 @@ def test_agreement_of_two_posteriors() -> None:
     assert "they differ in columns" in repr(wide.agreement(model))
     assert model.agreement(same).shift_error == pytest.approx(4000**-0.5)
     others = BayesianRewardModel.fit([*PAIRS, ("aaaaaaa", "b")], counts, prior_scale=0.8)
-    with pytest.raises(ModelError, match="standardised by other texts.*fit both to the same pairs"):
+    with pytest.raises(ModelError, match=r"standardised by other texts.*fit both to the same pairs"):
         model.agreement(others)
     with pytest.raises(ModelError, match="got Mean, expected a BayesianRewardModel"):
         model.agreement(lmppl.Mean())  # type: ignore[arg-type]
