@@ -60,7 +60,8 @@ class GrammarPrefixes:
         ends = torch.zeros(lm.vocab_size, dtype=torch.bool)
         ends[list(lm.eos_ids)] = True
         self.ends = ends
-        self.mute = ~ends & torch.tensor([not one for one in tokens.inside])
+        # (2, V) tokens without text at the beginning of one, and behind others: a space may be mute at the beginning.
+        self.mute = ~ends & torch.tensor([[not one for one in listed] for listed in (tokens.first, tokens.inside)])
         self._is_mute, self._is_silent = self.mute.tolist(), lm.spelling.silent.tolist()
         self._known: dict[tuple[tuple[int, ...], bool, bool], Tensor] = {}
 
@@ -132,7 +133,7 @@ class GrammarPrefixes:
         begun = not (self.differs and self.lm.begins_text[context])
         prefix = []
         for token in ids[:length]:
-            if not self._is_mute[token]:
+            if not self._is_mute[begun][token]:
                 prefix.append(token if begun else token + self.lm.vocab_size)
             begun = begun or not self._is_silent[token]
         return tuple(prefix), begun, length + 1 == self.horizon
@@ -145,11 +146,11 @@ class GrammarPrefixes:
         if last:
             allowed = self.masks.completing(prefixes)
         here = allowed[:, :vocab]
+        begun = torch.tensor([one for _, one, _ in keys])
         if self.differs:
-            begun = torch.tensor([one for _, one, _ in keys])
             here = torch.where(begun[:, None], here, allowed[:, vocab:])
         may_stay = accepting if last else torch.ones_like(accepting)
-        here = torch.where(self.ends, accepting[:, None], torch.where(self.mute, may_stay[:, None], here))
+        here = torch.where(self.ends, accepting[:, None], torch.where(self.mute[begun.long()], may_stay[:, None], here))
         return torch.zeros(here.shape, dtype=MASK).masked_fill_(~here, -torch.inf)
 
 
