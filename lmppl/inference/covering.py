@@ -37,7 +37,7 @@ class Covering(CutMixture):
     powers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        pass
+        """Rows may be empty, unlike those of a fitted mixture: the first round has no power yet."""
 
     def log_factor_of(self, judged: Tensor, context: Tensor | None) -> Tensor:
         """(B,) log φ."""
@@ -114,11 +114,11 @@ class Round:
     def next_power(self, power: float) -> float:
         """The largest λ ≤ 1 at which each member still has enough effective draws."""
         needed = (MIN_SHARE * self.sizes(power)).clamp_min(MIN_SIZE)
+        if self._covers(1.0, needed):
+            return 1.0
         low, high = power, 1.0
         while high - low > MIN_STEP / 2:
-            middle = high if low == power and high == 1.0 and self._covers(1.0, needed) else (low + high) / 2
-            if middle == 1.0:
-                return 1.0
+            middle = (low + high) / 2
             low, high = (middle, high) if self._covers(middle, needed) else (low, middle)
         return low
 

@@ -236,6 +236,17 @@ def test_laws_and_columns() -> None:
     assert float((target.features(outcomes)["counted"] - wanted).abs().max()) < TOLERANCE
 
 
+def test_a_gate_knows_the_centred_spread() -> None:
+    reward = lmppl.UncertainReward(members, BETA, lmppl.CutMixture(), num_references=8, name="r")
+    model = lmppl.fit_cut_mixture(SMALL * reward * reward.gate(2.0)).model
+    target = Target(model)
+    rows = all_outcomes(SMALL, 1)
+    spread = next(iter(target.features(rows).values()))[:, 1]
+    assert ((target.log_factors(rows)["r_known"] == 0) == (spread <= 2.0)).all()
+    assert bool((spread <= 2.0).any())
+    assert bool((spread > 2.0).any())
+
+
 def test_the_declaration_round_trips() -> None:
     declared = SMALL * lmppl.UncertainReward(members, BETA, lmppl.CutMixture(), num_references=8, name="r")
     fitted = lmppl.fit_cut_mixture(declared).model

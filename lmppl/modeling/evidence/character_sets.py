@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ANY_CHARACTER", "CharacterSet", "Columns", "as_set", "columns_of", "refine"]
+__all__ = ["ANY_CHARACTER", "LAST", "CharacterSet", "Columns", "as_set", "columns_of", "refine"]
 
 LAST = 0x10FFFF
 Range = tuple[int, int]

@@ -110,5 +110,5 @@ def _as_rows(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]
         raise ModelError(f"CutMixture: got log_normalizers={values!r}, expected C rows of M numbers") from error
     widths = {len(row) for row in rows}
     if len(widths) != 1 or min(widths) < 2 or not all(math.isfinite(value) for row in rows for value in row):
-        raise ModelError("CutMixture: log_normalizers= are expected as C rows of M ≥ 2 finite numbers")
+        raise ModelError(f"CutMixture: got log_normalizers={values!r}, expected C rows of M ≥ 2 finite numbers")
     return rows

@@ -16,7 +16,7 @@ from lmppl.lm.decoder import Step
 from lmppl.lm.spelling import Spelled
 from lmppl.sequences import Sequences
 
-__all__ = ["LogFactor", "PrefixReader", "PrefixRows"]
+__all__ = ["LogFactor", "PrefixReader", "PrefixRows", "as_log", "no_verdict"]
 
 LogFactor = Callable[[Sequences], Tensor]
 """(B,) log φ of B sequences, in nats."""
@@ -179,6 +179,16 @@ class PrefixReader:
         if not self.lm.spelling.additive:
             return ""
         return held_back(prefix.text, self.stop)
+
+
+def as_log(allowed: Tensor) -> Tensor:
+    """(B,) float64 the logarithm of an indicator: 0 where `allowed`, else −inf."""
+    return torch.zeros(len(allowed), dtype=torch.float64).masked_fill_(~allowed, -torch.inf)
+
+
+def no_verdict(prefixes: Sequences) -> Tensor:
+    """(B,) 0: of prefixes that say nothing about their ends."""
+    return torch.zeros(len(prefixes), dtype=torch.float64)
 
 
 def held_back(text: str, stop: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ states; of a user's function it holds where the user says so (`prefix_closed=Tru
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -19,12 +20,12 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log
 from lmppl.modeling.factors import Factor, Incremental
 from lmppl.modeling.function_contents import content_digest
 from lmppl.sequences import Sequences
 
-__all__ = ["FormShelf", "automaton_form", "evaluator", "prefix_closed_form"]
+__all__ = ["FormShelf", "LazyForm", "automaton_form", "evaluator", "prefix_closed_form"]
 
 FORMS_KEPT = 4
 PROBES = 8  # texts that a run tries in order to find a function that is not prefix-closed
@@ -51,28 +52,27 @@ def automaton_form(automaton: Automaton, lm: LanguageModel) -> Incremental:
     return _AutomatonForm(automaton, lm)
 
 
-class _AutomatonForm:
-    """Chooses on first use, since knowing whether tokens add up to text takes decoding the vocabulary."""
-
-    def __init__(self, automaton: Automaton, lm: LanguageModel) -> None:
-        self.automaton, self.lm = automaton, lm
+class LazyForm(ABC):
+    """A form of prefixes that is chosen on first use, since knowing how tokens spell takes decoding the vocabulary."""
 
     @cached_property
-    def form(self) -> AutomatonPrefixes | PrefixReader:
-        """The table, or the reader."""
-        whole = self.lm.ends_by_eos_alone
-        tabulated = whole and (self.automaton.over == "tokens" or self.lm.spelling.additive)
-        return AutomatonPrefixes(self.automaton, self.lm) if tabulated else self._reader()
+    def form(self) -> Any:
+        """The `Incremental` that was chosen."""
+        return self._chosen()
+
+    @abstractmethod
+    def _chosen(self) -> Incremental: ...
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Of the automaton."""
-        return hashlib.sha256(repr(self.automaton.to_dict()).encode()).hexdigest()[:16]
+        """Of what is asked of prefixes."""
 
     @property
     def needs(self) -> Collection[Literal["text", "ids", "hidden"]]:
         """As `Incremental.needs`: text only where prefixes are read, which is slow for all V tokens."""
-        return self.form.needs
+        needs: Collection[Literal["text", "ids", "hidden"]] = self.form.needs
+        return needs
 
     def start(self, contexts: Tensor, step: Step | None = None) -> Any:
         """As `Incremental.start`."""
@@ -80,7 +80,8 @@ class _AutomatonForm:
 
     def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`."""
-        return self.form.weigh(state, candidates)
+        weights: Tensor = self.form.weigh(state, candidates)
+        return weights
 
     def advance(self, state: Any, tokens: Tensor, step: Any = None) -> Any:
         """As `Incremental.advance`."""
@@ -88,7 +89,8 @@ class _AutomatonForm:
 
     def potential(self, state: Any) -> Tensor:
         """As `Incremental.potential`."""
-        return self.form.potential(state)
+        values: Tensor = self.form.potential(state)
+        return values
 
     def select(self, state: Any, index: Tensor) -> Any:
         """As `Incremental.select`."""
@@ -98,6 +100,23 @@ class _AutomatonForm:
         """As `Incremental.crop`."""
         return self.form.crop(state, lengths)
 
+
+class _AutomatonForm(LazyForm):
+    """A table, or a reader of settled texts."""
+
+    def __init__(self, automaton: Automaton, lm: LanguageModel) -> None:
+        self.automaton, self.lm = automaton, lm
+
+    def _chosen(self) -> Incremental:
+        whole = self.lm.ends_by_eos_alone
+        tabulated = whole and (self.automaton.over == "tokens" or self.lm.spelling.additive)
+        return AutomatonPrefixes(self.automaton, self.lm) if tabulated else self._reader()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the automaton."""
+        return hashlib.sha256(repr(self.automaton.to_dict()).encode()).hexdigest()[:16]
+
     def __repr__(self) -> str:
         return f"automaton_form({self.automaton!r})"
 
@@ -106,8 +125,7 @@ class _AutomatonForm:
 
         def verdict(good: Tensor, rows: Sequences) -> Tensor:
             words: Sequence[Any] = rows.text if automaton.over == "characters" else rows.token_lists()
-            passed = good[automaton.run(words)]
-            return torch.zeros(len(rows), dtype=torch.float64).masked_fill_(~passed, -torch.inf)
+            return as_log(good[automaton.run(words)])
 
         going, ending = (lambda rows: verdict(live, rows)), (lambda rows: verdict(automaton.accept, rows))
         return PrefixReader(self.lm, going, ending, lambda: self.fingerprint)

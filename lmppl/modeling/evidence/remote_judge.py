@@ -21,6 +21,7 @@ from lmppl.modeling.returned_values import quote
 __all__ = ["JudgeCost", "RemoteJudge"]
 
 Score = float | list[float]
+UNPICKLED = ("_service", "_memory", "_lock", "_texts", "_seconds")
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,6 @@ class RemoteJudge:
         options = "timeout", "max_retries", "backoff", "concurrency", "batch_size"
         shown = ", ".join(f"{name}={getattr(self, name):g}" for name in options)
         return f"RemoteJudge({shown_url(self.url)!r}, {shown})"
-
-
-UNPICKLED = ("_service", "_memory", "_lock", "_texts", "_seconds")
 
 
 def _score(value: Any, text: str, answer: Answer) -> Score:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 
-__all__ = ["SequenceClassifier"]
+__all__ = ["SequenceClassifier", "longest_input"]
 
 
 class SequenceClassifier:
@@ -68,11 +68,7 @@ class SequenceClassifier:
         self.column = _column_of(config, label, owner)
         self.is_multi_label = config.problem_type == "multi_label_classification"
         self.is_log_prob = config.problem_type != "regression" and (log_prob or config.num_labels > 1)
-        limits = (
-            getattr(config, "max_position_embeddings", None),
-            getattr(tokenizer, "model_max_length", None),
-        )
-        self.longest = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+        self.longest = longest_input(config, tokenizer)
         self.__name__ = label or type(model).__name__
 
     def __call__(self, texts: list[str]) -> Any:
@@ -118,6 +114,12 @@ class SequenceClassifier:
             )
         logits: Tensor = self.model(**batch.to(self.model.device)).logits
         return logits.double().cpu()
+
+
+def longest_input(config: Any, tokenizer: Any) -> int | None:
+    """How many tokens a network reads, as its configuration and its tokenizer say: some count positions from 2 on."""
+    limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
 
 
 def _check_padding(config: Any, tokenizer: Any, owner: str) -> None:

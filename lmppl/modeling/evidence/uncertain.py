@@ -153,7 +153,11 @@ class UncertainReward(Factor):
         refusal = self.attitude.refusal(lm.num_contexts) if log_factor is not None else ""
         if refusal:
             raise ModelError(f"factor {self.name!r}: {refusal}")
-        return self if self.num_references is None else centred(self, lm, self.num_references)
+        return self if self.num_references is None else self._centred(lm, self.num_references)
+
+    def _centred(self, lm: LanguageModel, num_references: int) -> Factor:
+        """The factor whose beliefs are less their means over draws of `lm`."""
+        return centred(self, lm, num_references)
 
     def describe(self) -> dict[str, Any]:
         """As `Factor.describe`, with β, the attitude, the bound in the units of the reward, and the references."""
@@ -178,13 +182,10 @@ class UncertainReward(Factor):
         cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
     ) -> Self:
         """The factor that `describe` described, from its features; the attitude is one of lmppl's."""
-        from lmppl.modeling import evidence
-
-        attitude = getattr(evidence, data["attitude"])(**data["options"])
         return cls(
             replace(features[0], on=data["on"]),
             float(data["beta"]),
-            attitude,
+            attitude_of(data),
             num_references=data["num_references"],
             name=data["name"],
             upper=float(data["reward_upper"]),
@@ -197,11 +198,18 @@ class SpreadGate(Factor):
     Parameters
     ----------
     reward : UncertainReward
-        Whose spread s is meant; its function is shared, and runs once on each text.
+        Whose spread s is meant; its function is shared, and runs once on each text. Of an ensemble s has divisor M − 1.
     max_spread : float
-        In the units of r.
+        Above 0, in the units of r.
     name : str, optional
         By default "<reward>_known".
+
+    Raises
+    ------
+    ModelError
+        Where `reward` is no `UncertainReward`, or `max_spread` is out of range.
+    FactorError, ShapeError
+        When evaluated: as `UncertainReward`.
     """
 
     reward: UncertainReward
@@ -242,7 +250,8 @@ class SpreadGate(Factor):
         if self.reward.num_references is None:
             return self
         bound = copy.copy(self)
-        object.__setattr__(bound, "features", self.reward.bind(lm).features)
+        # The first one has the spread; an attitude that reads the context has another.
+        object.__setattr__(bound, "features", self.reward.bind(lm).features[:1])
         return bound
 
     def describe(self) -> dict[str, Any]:
@@ -293,6 +302,14 @@ class Judgement:
             raise FactorError(f"{batch.head}: {error.before} the text {text}{error.after}") from error
         except FactorError as error:
             raise FactorError(f"{batch.head}: {error}") from error
+
+
+def attitude_of(data: Mapping[str, Any]) -> Attitude:
+    """The attitude, one of lmppl's, of a factor that `UncertainReward.describe` described."""
+    from lmppl.modeling import evidence
+
+    attitude: Attitude = getattr(evidence, data["attitude"])(**data["options"])
+    return attitude
 
 
 def _log_factor(attitude: Attitude, bound: float, upper: float) -> Callable[[dict[str, Tensor]], Tensor]:

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 import lmppl
 from lmppl.modeling.evidence import laws
-from lmppl.modeling.evidence.preference.distribution import Levels, PreferenceHeads, log_first
+from lmppl.modeling.evidence.preference.preference_heads import Levels, PreferenceHeads, log_first
 from lmppl.modeling.returned_values import Batch
 from tests.modeling.preference.cases import f64
 

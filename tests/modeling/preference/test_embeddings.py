@@ -50,7 +50,9 @@ def test_long_texts_are_cut_or_refused() -> None:
     model = build("llama").model
     cut = lmppl.EncoderFeatures(model, tokenizer(5), max_length=2)(["abcd"])
     assert float((cut - alone(model, "cd")).abs().max()) < 1e-10
-    with pytest.raises(ModelError, match="a text has 65 tokens, more than the 64 that LlamaModel reads; cut texts"):
+    with pytest.raises(
+        ModelError, match=r"the text 'a+' has 65 tokens, more than the 64 that LlamaModel reads; cut texts"
+    ):
         lmppl.EncoderFeatures(model, tokenizer(5))(["a" * 65])
     with pytest.raises(ModelError, match="LlamaModel reads the text '' as no token; use on='full'"):
         lmppl.EncoderFeatures(model, tokenizer(5))(["a", ""])

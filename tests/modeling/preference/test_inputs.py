@@ -62,6 +62,12 @@ def test_pairs_that_say_nothing(pairs: list[Any], words: str) -> None:
         (lambda ts: [[math.nan if t == "e!" else len(t)] for t in ts], FactorError, "column 0 is nan.* the text 'e!'"),
         (lambda ts: [[len(t), math.inf] for t in ts], FactorError, "feature column 1 is inf, expected a finite number"),
         (lambda ts: [len(t) for t in ts], ShapeError, r"features returned shape \(6,\), expected \(6, D\)"),
+        (
+            lambda ts: [[1.0] * (i + 1) for i in range(len(ts))],
+            ShapeError,
+            r"list that is no matrix.*expected \(6, D\)",
+        ),
+        (lambda ts: [["long"] for _ in ts], ShapeError, "no matrix of numbers"),
         (lambda ts: torch.zeros(2, 3), ShapeError, r"features returned shape \(2, 3\), expected \(6, D\)"),
         ("length", ModelError, "got features=str, expected a function"),
     ],

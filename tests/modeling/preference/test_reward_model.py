@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lmppl
 from lmppl import BayesianRewardModel, PreferenceDistribution
+from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.beliefs import Gaussian
 from lmppl.modeling.evidence.preference.head_belief import HeadBelief
@@ -206,6 +207,48 @@ def test_agreement_of_two_posteriors() -> None:
     assert wide.agreement(model).apart != []
     assert "they differ in columns" in repr(wide.agreement(model))
     assert model.agreement(same).shift_error == pytest.approx(4000**-0.5)
+    others = BayesianRewardModel.fit([*PAIRS, ("aaaaaaa", "b")], counts, prior_scale=0.8)
+    with pytest.raises(ModelError, match=r"standardised by other texts.*fit both to the same pairs"):
+        model.agreement(others)
+    with pytest.raises(ModelError, match="got Mean, expected a BayesianRewardModel"):
+        model.agreement(lmppl.Mean())  # type: ignore[arg-type]
+
+
+def test_ties_alone_say_nothing_of_choices() -> None:
+    model = fitted()
+    with pytest.raises(ModelError, match="evaluate: got ties, and the model was fitted to pairs without"):
+        model.evaluate([lmppl.Preference("a", "b", tie=True)])
+    tied = BayesianRewardModel.fit([*PAIRS, lmppl.Preference("a", "abc", tie=True)], counts, prior_scale=0.8)
+    with pytest.raises(ModelError, match="evaluate: all 1 pairs are ties, expected some choices"):
+        tied.evaluate([lmppl.Preference("a", "b", tie=True)])
+
+
+@pytest.mark.parametrize("references", [None, REFERENCES])
+def test_draws_of_the_head_are_mixed(references: int | None) -> None:
+    """The cut mixture of a learned reward: refused until it is fitted, centred or not, with a gate, and from JSON."""
+    lm = lmppl.TabularLM.random(4, 3, order=1, seed=3, context=["", "ab"])
+    factor = BayesianRewardModel(drawn(fitted()), BETA, lmppl.CutMixture(), num_references=references, name="r")
+    declared = lm * factor * factor.gate(2.0)
+    with pytest.raises(ModelError, match="factor 'r': its members' log Z_m are not fitted yet"):
+        lmppl.infer(declared, lmppl.Exact())
+    model = lmppl.fit_cut_mixture(declared).model
+    graph = FactorGraph.from_dict(json.loads(json.dumps(model.graph.to_dict())))
+    again = graph.to_model(lm, dict.fromkeys(graph.required_functions(), counts))
+    for context in (0, 1):
+        there = brute_force(declared_without(model, "r"), context).log_phi > -math.inf
+        raw = drawn(fitted()).posterior.belief(scaled(list(all_outcomes(lm, context).text)))
+        assert isinstance(raw, Tensor)
+        # A member's constant cancels with its Z, so that centring changes nothing but the gate.
+        log_p0 = torch.where(there, lm.score(all_outcomes(lm, context)), -math.inf)
+        members = torch.log_softmax(log_p0[:, None] + raw / BETA, 0)
+        wanted = members.logsumexp(1) - math.log(raw.shape[1])
+        for one in (model, again):
+            found = torch.log_softmax(lm.score(all_outcomes(lm, context)) + brute_force(one, context).log_phi, 0)
+            assert float((found.exp() - wanted.exp()).abs().max()) < TOLERANCE
+
+
+def declared_without(model: lmppl.Model, name: str) -> lmppl.Model:
+    return lmppl.Model(model.prior, [factor for factor in model.factors if factor.name != name])
 
 
 def test_annotators_widen_what_is_known_of_the_population() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 
-import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
@@ -13,7 +12,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.automata import Automaton, Symbol
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.languages.language import Language
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log, no_verdict
 from lmppl.modeling.evidence.prefixes import automaton_form
 from lmppl.modeling.factors import Factor, Feature
 from lmppl.sequences import Sequences
@@ -55,7 +54,7 @@ class Finished(Language):
             object.__setattr__(bound, "automaton", automaton)
             object.__setattr__(bound, "incremental", self.forms.get(lm, lambda: automaton_form(automaton, lm)))
         else:
-            object.__setattr__(bound, "incremental", PrefixReader(lm, _no_verdict, _verdict, lambda: "finished"))
+            object.__setattr__(bound, "incremental", PrefixReader(lm, no_verdict, _verdict, lambda: "finished"))
         return bound
 
 
@@ -65,9 +64,5 @@ def _ends_with(tokens: Sequence[int]) -> Automaton:
     return Automaton.from_edges({"on": moves, "end": moves}, start="on", accept=["end"], over="tokens")
 
 
-def _no_verdict(prefixes: Sequences) -> Tensor:
-    return torch.zeros(len(prefixes), dtype=torch.float64)
-
-
 def _verdict(sequences: Sequences) -> Tensor:
-    return torch.zeros(len(sequences), dtype=torch.float64).masked_fill_(~sequences.finished.cpu(), -torch.inf)
+    return as_log(sequences.finished.cpu())

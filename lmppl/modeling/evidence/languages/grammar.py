@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
-from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.languages.grammar_engine import GrammarText, token_bytes, whole_grammar
 from lmppl.modeling.evidence.languages.grammar_prefixes import GrammarPrefixes
 from lmppl.modeling.evidence.languages.language import Language, snake_case
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
-from lmppl.modeling.factors import Factor, Feature
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log
+from lmppl.modeling.evidence.prefixes import LazyForm
+from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.sequences import Sequences
 
 __all__ = ["Grammar", "JsonSchema"]
@@ -136,15 +134,13 @@ class JsonSchema(Grammar):
         return f"llguidance does not support it: {message}; leave it out, or check it with Constraint(fn)"
 
 
-class _GrammarForm:
-    """Chooses on first use how prefixes are read, since knowing how tokens spell takes decoding the vocabulary."""
+class _GrammarForm(LazyForm):
+    """Masks where tokens are bytes of text, else a reader of settled texts."""
 
     def __init__(self, text: GrammarText, lm: LanguageModel) -> None:
         self.text, self.lm = text, lm
 
-    @cached_property
-    def form(self) -> GrammarPrefixes | PrefixReader:
-        """Masks where tokens are bytes of text, else a reader of settled texts."""
+    def _chosen(self) -> Incremental:
         tokens = token_bytes(self.lm) if self.lm.ends_by_eos_alone else None
         if tokens is not None:
             return GrammarPrefixes(self.text.grammar, tokens, self.lm)
@@ -155,44 +151,11 @@ class _GrammarForm:
         """Of the grammar."""
         return hashlib.sha256(self.text.grammar.encode()).hexdigest()[:16]
 
-    @property
-    def needs(self) -> Collection[Literal["text", "ids", "hidden"]]:
-        """As `Incremental.needs`."""
-        return self.form.needs
-
-    def start(self, contexts: Tensor, step: Step | None = None) -> Any:
-        """As `Incremental.start`."""
-        return self.form.start(contexts)
-
-    def weigh(self, state: Any, candidates: Tensor | None) -> Tensor:
-        """As `Incremental.weigh`."""
-        return self.form.weigh(state, candidates)
-
-    def advance(self, state: Any, tokens: Tensor, step: Any = None) -> Any:
-        """As `Incremental.advance`."""
-        return self.form.advance(state, tokens, step)
-
-    def potential(self, state: Any) -> Tensor:
-        """As `Incremental.potential`."""
-        return self.form.potential(state)
-
-    def select(self, state: Any, index: Tensor) -> Any:
-        """As `Incremental.select`."""
-        return self.form.select(state, index)
-
-    def crop(self, state: Any, lengths: Tensor) -> Any:
-        """As `Incremental.crop`."""
-        return self.form.crop(state, lengths)
-
     def _going(self, rows: Sequences) -> Tensor:
-        return _as_log(self.text.begins(rows.text))
+        return as_log(self.text.begins(rows.text))
 
     def _ending(self, rows: Sequences) -> Tensor:
-        return _as_log(self.text(rows.text))
-
-
-def _as_log(allowed: Tensor) -> Tensor:
-    return torch.zeros(len(allowed), dtype=torch.float64).masked_fill_(~allowed, -torch.inf)
+        return as_log(self.text(rows.text))
 
 
 def _read_schema(schema: Any) -> Any:

@@ -16,7 +16,7 @@ from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence.automata import Automaton, Word
 from lmppl.modeling.evidence.constraint import Constraint
 from lmppl.modeling.evidence.languages.joint_form import JointForm
-from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader
+from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log, no_verdict
 from lmppl.modeling.evidence.prefixes import automaton_form
 from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.sequences import Sequences
@@ -28,8 +28,8 @@ class Language(Constraint):
     """A set of texts L as a hard constraint: log φ(x) = 0 if x ∈ L else −inf.
 
     A completion is read whole, special tokens left out and a leading space kept. `a & b` are the texts of both, `a | b`
-    of one of them, `~a` of neither. Languages see inside: engines that go token by token ask which tokens can still
-    lead to a text of L (`AutomatonPrefixes`), an empty language is found before anything is drawn, and on a
+    of one of them, `~a` those that are not in a. Languages see inside: engines that go token by token ask which tokens
+    can still lead to a text of L (`AutomatonPrefixes`), an empty language is found before anything is drawn, and on a
     `TabularLM` sums over L are exact at any horizon. A mask on tokens alone does not draw from π*: it is a proposal,
     and weights correct it.
 
@@ -186,16 +186,17 @@ class Combination(Language):
             if automaton is not None:
                 return automaton_form(automaton, lm)
             if self.operation == "not":
-                return PrefixReader(lm, _no_verdict, self._verdict, lambda: repr(self.arguments))
-            return JointForm([part.incremental for part in parts if part.incremental is not None], self.operation)
+                return PrefixReader(lm, no_verdict, self._verdict, lambda: repr(self.arguments))
+            forms = [part.incremental for part in parts if part.incremental is not None]
+            assert len(forms) == len(parts)  # every language has one once it has met its LM
+            return JointForm(forms, self.operation)
 
         object.__setattr__(bound, "automaton", automaton)
         object.__setattr__(bound, "incremental", self.forms.get(lm, make))
         return bound
 
     def _verdict(self, sequences: Sequences) -> Tensor:
-        allowed = self.accepts_sequences(sequences)
-        return torch.zeros(len(allowed), dtype=torch.float64).masked_fill_(~allowed, -torch.inf)
+        return as_log(self.accepts_sequences(sequences))
 
     @classmethod
     def read_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,10 +229,6 @@ class _Membership:
 def snake_case(kind: str) -> str:
     """`OneOf` as "one_of"."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in kind).lstrip("_")
-
-
-def _no_verdict(prefixes: Sequences) -> Tensor:
-    return torch.zeros(len(prefixes), dtype=torch.float64)
 
 
 def _combined(operation: Operation, left: Language, right: object) -> Language:

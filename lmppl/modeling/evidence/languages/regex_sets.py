@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from lmppl.modeling.evidence.character_sets import ANY_CHARACTER, CharacterSet
+from lmppl.modeling.evidence.character_sets import ANY_CHARACTER, LAST, CharacterSet
 
 __all__ = ["item_set"]
 
-LAST = 0x10FFFF
 # In a pattern of text, these flags change what a single character matches.
 RELEVANT = re.IGNORECASE | re.ASCII | re.DOTALL
 CATEGORIES = {

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from lmppl.errors import ContextError, ModelError, UnsupportedModel
+from lmppl.errors import ContextError, ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.lm_factors.future import FuturePotential
 from lmppl.modeling.evidence.lm_factors.lm_factor import checked_weight, declared_lm, powered, reads_text
@@ -118,10 +118,8 @@ class InfillingFactor(Factor):
         if self.lm is not None and reads_text(reader, lm, who):
             score = FutureScore(reader, lm, self.weight < 0, True, futures=futures)
         else:
-            try:
-                reader = with_room(reader, lm.max_new_tokens + max(map(len, tokens)))
-            except UnsupportedModel as error:
-                raise ModelError(f"{who}: the future is read behind the prior's cap: {error}") from error
+            behind = f"{who}: the future is read behind the prior's cap"
+            reader = with_room(reader, lm.max_new_tokens + max(map(len, tokens)), behind)
             form = FuturePotential(CachedPrefixes(reader, places), tuple(tokens), self.weight, lm)
             # A run reads every row once; outside of a run form and score can be compared.
             shared = None if log_factor is None else form

@@ -49,7 +49,7 @@ class LMFactor(Factor):
     ------
     ModelError
         Where `weight` is 0 or no number; when the factor meets its prior, where an LM has other tokens and cannot read
-        text, or reads it and declares stop strings.
+        text, or reads it and declares stop strings, or where it has no cap as large as the prior's.
     ContextError
         Where an LM has neither one context nor as many as the prior, or no room for the prior's completions.
     FactorError
@@ -110,7 +110,9 @@ class LMFactor(Factor):
         lms = [self.lm] if self.over is None else [self.lm, self.over]
         contexts = [contexts_of(one, lm, who) for one in lms]
         by_text = [reads_text(one, lm, who) for one in lms]
-        rooms = [one if text else with_room(one, lm.max_new_tokens) for one, text in zip(lms, by_text, strict=True)]
+        rooms = [
+            one if text else with_room(one, lm.max_new_tokens, who) for one, text in zip(lms, by_text, strict=True)
+        ]
         parts = [CachedPrefixes(one, places) for one, places in zip(rooms, contexts, strict=True)]
         form = None if any(by_text) else ProductPotential(*_sides(parts, self.weight), abs(self.weight))
         # A run reads every row once; outside of a run form and score know nothing of each other, and can be compared.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmppl.errors import ContextError, ModelError
+from lmppl.errors import ContextError, ModelError, UnsupportedModel
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.derived import DerivedLM, TemperedLM
 from lmppl.lm.tabular import TabularLM
@@ -94,9 +94,22 @@ def contexts_of(lm: LanguageModel, prior: LanguageModel, who: str) -> Tensor:
     return torch.arange(prior.num_contexts) if lm.num_contexts > 1 else torch.zeros(prior.num_contexts).long()
 
 
-def with_room(lm: LanguageModel, num_tokens: int) -> LanguageModel:
-    """`lm`, with a larger cap where `num_tokens` exceed its own: rows of so many tokens have room in its caches."""
-    return lm if num_tokens <= lm.max_new_tokens else lm.with_max_new_tokens(num_tokens)
+def with_room(lm: LanguageModel, num_tokens: int, who: str) -> LanguageModel:
+    """`lm`, with a larger cap where `num_tokens` exceed its own: rows of so many tokens have room in its caches.
+
+    Raises
+    ------
+    ModelError
+        Where it has no larger cap; the message names `who`.
+    ContextError
+        Where a context has no room for so many tokens.
+    """
+    if num_tokens <= lm.max_new_tokens:
+        return lm
+    try:
+        return lm.with_max_new_tokens(num_tokens)
+    except UnsupportedModel as error:
+        raise ModelError(f"{who}: {error}") from error
 
 
 def never_zero(lms: Sequence[LanguageModel]) -> bool:

@@ -28,7 +28,8 @@ class Agreement:
     ratio : Tensor (D,)
         sd_A[w_d] / sd_B[w_d].
     shift_error, ratio_error : float
-        Monte Carlo standard errors, from the effective numbers of draws; 0 of a closed form.
+        Monte Carlo standard errors, from the effective numbers n of draws, for spreads that are equal: of the shift
+        √(1/n_A + 1/n_B), in spreads; of the ratio √(1/2n_A + 1/2n_B), as a share of it. n = ∞ of a closed form.
     """
 
     shift: Tensor

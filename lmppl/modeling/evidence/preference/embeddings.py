@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
+from lmppl.modeling.evidence.sequence_classifier import longest_input
+from lmppl.modeling.returned_values import quote
 
 __all__ = ["EncoderFeatures", "LMFeatures"]
 
@@ -47,6 +49,7 @@ class EncoderFeatures:
                 raise ModelError(f"EncoderFeatures: got {name}={value}, expected at least 1")
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_length = batch_size, max_length
+        self.longest = longest_input(model.config, tokenizer)
         self.__name__ = type(model).__name__
 
     @classmethod
@@ -73,16 +76,15 @@ class EncoderFeatures:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # it is cut, or refused, here
         if not ids:
             raise ModelError(
-                f"{self.__name__} reads the text {text!r} as no token; use on='full', so that its context is read too, "
-                "or a tokenizer that adds a token"
+                f"{self.__name__} reads the text {quote(text)} as no token; use on='full', so that its context is read "
+                "too, or a tokenizer that adds a token"
             )
         if self.max_length is not None:
             return ids[-self.max_length :]
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and len(ids) > longest:
+        if self.longest is not None and len(ids) > self.longest:
             raise ModelError(
-                f"a text has {len(ids)} tokens, more than the {longest} that {self.__name__} reads; cut texts with "
-                "max_length="
+                f"the text {quote(text)} has {len(ids)} tokens, more than the {self.longest} that {self.__name__} "
+                "reads; cut texts with max_length="
             )
         return ids
 

@@ -82,9 +82,11 @@ class Evaluation:
     ----------
     num_pairs, num_ties : int
     log_likelihood : Estimate (1,)
-        Mean log P(what was said) of a pair, in nats; a coin has −0.693. Its standard error is over pairs.
+        Mean log P(what was said) of a pair, in nats; a coin has −0.693. Its standard error is over pairs (divisor
+        N − 1; nan of a single pair), its interval Gaussian, at 0.95.
     accuracy : Estimate (1,)
-        Share of the choices in which the chosen text was the likelier one, by Clopper and Pearson.
+        Share of the choices in which the chosen text was the likelier one, one half where both were as likely, by
+        Clopper and Pearson, at 0.95.
     calibration : Calibration
     checks : tuple of PredictiveCheck
     """

@@ -25,6 +25,8 @@ FLAT = 1e-10  # a column whose spread is below this share of its size is constan
 class Standardised:
     """f(x) = (raw(x) − centre) / scale, with the training texts' mean and standard deviation.
 
+    The texts are both sides of all N pairs; the divisor of the variance is 2N − 1.
+
     Parameters
     ----------
     fn : callable
@@ -60,9 +62,7 @@ def raw_features(fn: Featuriser, texts: Sequence[str], who: str) -> Tensor:
     distinct = list(dict.fromkeys(texts))
     with torch.no_grad():
         values = fn(distinct)
-    matrix: Tensor = (
-        values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
-    )
+    matrix = values.detach() if isinstance(values, Tensor) else _as_array(values, len(distinct), who)
     if matrix.dim() != 2 or len(matrix) != len(distinct) or matrix.shape[1] == 0:
         raise ShapeError(
             f"{who}: features returned shape {tuple(matrix.shape)}, expected ({len(distinct)}, D): a row of "
@@ -79,6 +79,16 @@ def raw_features(fn: Featuriser, texts: Sequence[str], who: str) -> Tensor:
     index = {text: i for i, text in enumerate(distinct)}
     rows: Tensor = matrix[[index[text] for text in texts]]
     return rows
+
+
+def _as_array(values: Any, count: int, who: str) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise ShapeError(
+            f"{who}: features returned a {type(values).__name__} that is no matrix of numbers ({error}), expected "
+            f"({count}, D): a row of numbers for each text"
+        ) from error
 
 
 def standardise(fn: Featuriser, pairs: Pairs, who: str) -> tuple[Standardised, Tensor]:

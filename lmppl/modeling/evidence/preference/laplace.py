@@ -114,11 +114,12 @@ def best_scales(problem: HeadProblem, prior_scale: float | None) -> LaplaceFit:
 
     σ maximises the evidence, unless `prior_scale` states it. τ maximises the evidence times its prior HalfNormal(1) as
     a density of log τ, which vanishes at τ = 0: the mode of θ and τ together would lie there, whatever the pairs say.
+    Both are looked for between e^−5 and e^3, to 0.01 of their logarithms; the maximum is a local one.
 
     Raises
     ------
     ModelError
-        Where no σ makes the pairs more probable than weights of nought do.
+        Where no σ makes the pairs more probable than weights of nought do, or the search does not settle.
     """
     from scipy.optimize import minimize, minimize_scalar
 
@@ -152,6 +153,10 @@ def best_scales(problem: HeadProblem, prior_scale: float | None) -> LaplaceFit:
         bounds=(LOG_SCALES, LOG_SCALES),
         options={"xatol": NEAR, "fatol": 1e-3, "maxiter": 200},
     )
+    if not both.success:
+        raise ModelError(
+            f"BayesianRewardModel: the scales of the prior have not settled ({both.message}); state prior_scale="
+        )
     _refuse_silent_pairs(-float(both.fun), -loss(LOG_SCALES[0], float(both.x[1])))
     loss(*both.x)
     return memory["last"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
-from lmppl.modeling.evidence import attitudes
 from lmppl.modeling.evidence.attitudes import Attitude
 from lmppl.modeling.evidence.preference.agreement import Agreement, compare_heads
 from lmppl.modeling.evidence.preference.evaluation import NUM_REPLICATES, Evaluation, evaluate_predictions
@@ -26,9 +25,8 @@ from lmppl.modeling.evidence.preference.pairs import Pairs, check_for_fit, read_
 from lmppl.modeling.evidence.preference.posteriors import DrawnHead, GaussianHead, HeadPosterior
 from lmppl.modeling.evidence.preference.sampling import SAMPLERS
 from lmppl.modeling.evidence.preference.writing import read_belief_data, write_belief_data
-from lmppl.modeling.evidence.uncertain import UncertainReward
+from lmppl.modeling.evidence.uncertain import UncertainReward, attitude_of
 from lmppl.modeling.factors import Factor, Feature
-from lmppl.sequences import Sequences
 
 __all__ = ["BayesianRewardModel"]
 
@@ -127,7 +125,7 @@ class BayesianRewardModel(UncertainReward):
             whose uncertainty it leaves out: with two annotators its spread is about three quarters of the right one.
         prior_scale : float, optional
             σ of the prior w ~ N(0, σ²I), for standardised features; by default it maximises the Laplace evidence, for
-            all three posteriors.
+            all three posteriors, between e^−5 and e^3.
         noise : float
             0 ≤ ε < ½, the share of choices that are the wrong way round, whatever the texts.
         beta, attitude, num_references, name, on, fingerprint
@@ -213,11 +211,18 @@ class BayesianRewardModel(UncertainReward):
 
         Figures are compared with those of 1000 replicates, in which draws of the posterior make the choices again;
         annotators that the model does not know share one deviation in each. `seed` is the replicates'.
+
+        Raises
+        ------
+        ModelError
+            As `fit` for pairs; where all are ties, or some are and the model was fitted to pairs without.
         """
         known = read_pairs(pairs, WHO, self._on)
         delta, annotator = differences(self.belief.features, known, WHO), self._annotator(known)
         if bool(known.tie.any()) and not self.belief.facts.get("has_ties"):
             raise ModelError(f"{WHO}.evaluate: got ties, and the model was fitted to pairs without; leave them out")
+        if bool(known.tie.all()):
+            raise ModelError(f"{WHO}.evaluate: all {len(known)} pairs are ties, expected some choices")
         log_p = self.posterior.log_predictive(delta, annotator)
         draws = self.posterior.draws(NUM_REPLICATES, torch.Generator().manual_seed(seed + 1))
 
@@ -229,17 +234,30 @@ class BayesianRewardModel(UncertainReward):
         return evaluate_predictions(log_p, known, replicate, seed)
 
     def agreement(self, other: BayesianRewardModel) -> Agreement:
-        """Where two posteriors of the same head agree, and where not: shifts and spreads of each weight."""
+        """Where two posteriors of the same head agree, and where not: shifts and spreads of each weight.
+
+        Raises
+        ------
+        ModelError
+            Where the heads differ in size, or features were standardised by other texts, so that weights differ in
+            their units.
+        """
+        if not isinstance(other, BayesianRewardModel):
+            raise ModelError(f"{WHO}.agreement: got {type(other).__name__}, expected a {WHO}")
+        own, others = self.belief.features.scale, other.belief.features.scale
+        if own.shape == others.shape and not torch.allclose(own, others, rtol=1e-9, atol=0.0):
+            raise ModelError(
+                f"{WHO}.agreement: the features were standardised by other texts, so that the weights are in other "
+                "units; fit both to the same pairs"
+            )
         return compare_heads(self.posterior, other.posterior, self.facts, other.facts)
 
-    def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
-        """As `Factor.bind`: the centres are means over draws of the prior."""
-        if self.num_references is None:
-            return self
-        (feature,) = self.features
-        centred = CentredHeadBelief(self.belief, self._on, lm, self.num_references)
+    def _centred(self, lm: LanguageModel, num_references: int) -> Factor:
+        """As `UncertainReward._centred`: features are centred, so that the spread is that of the difference."""
+        feature, *others = self.features
+        centred = CentredHeadBelief(self.belief, self._on, lm, num_references)
         bound = copy.copy(self)
-        object.__setattr__(bound, "features", (replace(feature, fn=centred, on="ids"),))
+        object.__setattr__(bound, "features", (replace(feature, fn=centred, on="ids"), *others))
         return bound
 
     def describe(self) -> dict[str, Any]:
@@ -254,11 +272,10 @@ class BayesianRewardModel(UncertainReward):
         fn: Any = features[0].fn
         if isinstance(fn, HeadBelief):
             fn = fn.features.fn
-        attitude = getattr(attitudes, data["attitude"])(**data["options"])
         return cls(
             HeadBelief(*read_belief_data(data["belief"], fn), name=features[0].name),
             float(data["beta"]),
-            attitude,
+            attitude_of(data),
             num_references=data["num_references"],
             name=data["name"],
             on=data["on"],

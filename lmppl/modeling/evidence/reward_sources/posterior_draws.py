@@ -37,7 +37,7 @@ class PosteriorDraws:
     ModelError
         Where no site is given, sites have other numbers of draws, or there is one draw.
     FactorError, ShapeError
-        When called: nan, ±inf, another shape; the error names the draw.
+        When called: nan, ±inf, another shape; the error names the draw, unless `vectorized`.
 
     Examples
     --------
@@ -88,4 +88,4 @@ class PosteriorDraws:
                 f"{self.__name__} returned {f'shape {shape}' if shape else type(values).__name__}, expected "
                 f"({len(texts)}, {self.num_draws}): a row for each text, a column for each draw"
             )
-        return torch.as_tensor(values).detach()
+        return torch.as_tensor(values).detach().double()
