@@ -112,6 +112,11 @@ def fit_cut_mixture(
     InfeasibleModel
         Where some member has too few effective draws, or the rounds do not agree; it names the member.
     """
+    if not isinstance(model, Model):
+        raise ModelError(
+            f"fit_cut_mixture: got {type(model).__name__}, expected a model: prior * UncertainReward(fn, beta, "
+            "CutMixture())"
+        )
     factor = _the_cut_mixture(model)
     if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 1:
         raise ModelError(f"fit_cut_mixture: got max_rounds={max_rounds!r}, expected at least 1")

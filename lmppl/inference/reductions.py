@@ -115,6 +115,8 @@ def fit_moments(
         Where μ is not in the relative interior of what the draws reach (of all that can be reached, where the engine
         enumerates), with the interval; where f is the same on all draws; where the rounds end before μ is reached.
     """
+    if not isinstance(model, Model):
+        raise ModelError(f"fit_moments: got {type(model).__name__}, expected a model: prior * Moment(f, target)")
     moments = [f for f in model.factors if isinstance(f, Moment)]
     if not moments:
         raise ModelError("fit_moments: the model has no Moment(f, target)")

@@ -61,8 +61,9 @@ def resolve_engine(engine: Engine | str | None, form: TargetForm) -> Engine:
     ----------
     engine : Engine, str or None
         An instance, which is returned as it is; text for `parse_engine`; or None for the first in `ENGINES` that can
-        run on `form` with its default configuration. Heuristics sample another law than π*, so they are never chosen
-        by default.
+        run on `form` with its default configuration. Where a factor knows something of prefixes, `SMC` comes before
+        `Rejection`, which would write every text to its end. Heuristics sample another law than π*, so they are never
+        chosen by default.
     form : TargetForm
         What the engine is to run on.
 
@@ -78,7 +79,11 @@ def resolve_engine(engine: Engine | str | None, form: TargetForm) -> Engine:
     if engine is not None:
         return require_instance(engine)
     reasons = []
-    for kind in ENGINES:
+    order: list[type[Engine]] = list(ENGINES)
+    if form.incremental:
+        order.remove(SMC)
+        order.insert(order.index(Rejection), SMC)
+    for kind in order:
         if kind.guarantee is Guarantee.HEURISTIC:
             continue
         candidate = kind()

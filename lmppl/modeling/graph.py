@@ -107,17 +107,18 @@ class FactorGraph:
         graph.add_node("prior", kind="prior", layer=1, label="π0(x|c)")
         graph.add_node("x", kind="sequence", layer=2, label="x")
         graph.add_edges_from([("c", "prior"), ("prior", "x")])
-        keys = {"c": "c", "x": "x"} | {name: f"feature:{name}" for name in self.feature_names}
         for feature in self._data["features"]:
-            graph.add_node(keys[feature["name"]], kind="feature", layer=3, label=feature["name"])
-            graph.add_edges_from((keys[read], keys[feature["name"]]) for read in feature["reads"])
+            key = f"feature:{feature['name']}"
+            graph.add_node(key, kind="feature", layer=3, label=feature["name"])
+            graph.add_edges_from((read, key) for read in feature["reads"])
         for factor in self._data["factors"]:
             key, formula = f"factor:{factor['name']}", factor["formula"] or f"{factor['name']}(x)"
             label = (
                 formula if re.search(rf"\b{re.escape(factor['name'])}\(", formula) else f"{factor['name']}\n{formula}"
             )
             graph.add_node(key, kind="factor", layer=4, label=label)
-            graph.add_edges_from((keys[read], key) for read in [*factor["reads"], *factor["features"]])
+            graph.add_edges_from((read, key) for read in factor["reads"])
+            graph.add_edges_from((f"feature:{name}", key) for name in factor["features"])
         return graph
 
     def validate(self) -> None:

@@ -23,6 +23,7 @@ from lmppl.modeling.evidence import (
     Finished,
     Grammar,
     MaxWords,
+    OneOf,
     Regex,
     Reward,
 )
@@ -71,6 +72,8 @@ CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
     "finished": Finished,
     "text and end": lambda: Regex("a.*|b") & Finished(),
     "text or no end": lambda: Regex("a*") | ~Finished(),
+    "accented words": lambda: OneOf(["é", "aé", "a", "bA", "é "]),
+    "one accent": lambda: Regex("[^é]?é?\u2019?."),
     "grammar": lambda: Grammar('start: "a" start "b" | "a" | /[b ]+/'),
     "accents": lambda: Grammar("start: /[aé\\u0080-\\uFFFF]*/"),
     "grammar and regex": lambda: Grammar('start: ("a" | "b" | " ")+') & Regex("[^b]*b?"),

@@ -23,7 +23,7 @@ by_name = pytest.mark.parametrize("reference", ENUMERABLE, ids=lambda r: r.name)
 
 def test_there_is_one_of_each_kind():
     names = [r.name for r in PROBLEMS]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 12
     assert set(names) == set(RECORDED)
     assert any(len(r.log_normalizer) == 2 for r in PROBLEMS)
     assert any(r.rare and r.log_normalizer.exp() < 2e-3 for r in PROBLEMS)

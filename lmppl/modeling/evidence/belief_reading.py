@@ -69,6 +69,9 @@ def _read_members(values: Any, batch: Batch) -> Tensor:
             f"{batch.head} returned an ensemble of one, which has no spread; declare it as Reward, or return (B, M) "
             "with M ≥ 2"
         )
+    if len(shape) >= 2 and (len(shape) > 2 or shape[0] != batch.size):
+        turned = "; it looks transposed" if shape[1:] == (batch.size,) else ""
+        raise ShapeError(f"{batch.head} returned shape {shape}, expected an ensemble ({batch.size}, M){turned}")
     members = read_finite(values, batch)
     if members.dim() != 2:
         raise ShapeError(

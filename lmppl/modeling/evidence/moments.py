@@ -83,7 +83,7 @@ class Moment(Factor):
             raise ModelError(f"Moment: got target={_shown(self.target)}, expected a value {between}")
         super().__init__(
             name=name or feature.name,
-            features=(feature, Feature("context", context_of, on="ids")),
+            features=(feature, Feature(f"{feature.name}_context", context_of, on="ids")),
             log_factor=self._log_factor,
             hard=False,
             formula="",
@@ -157,7 +157,8 @@ class Moment(Factor):
     def _log_factor(self, columns: dict[str, Tensor]) -> Tensor:
         assert self.multipliers is not None  # as `bind` made sure
         values = self.values(columns)
-        context = columns["context"].long().to(self.multipliers.device)
+        _, context = columns.values()
+        context = context.long().to(self.multipliers.device)
         multipliers = (self.multipliers if self.multipliers.dim() == 1 else self.multipliers[context]).to(values.device)
         return (values * multipliers).sum(1)
 

@@ -198,7 +198,20 @@ class Reward(Factor):
             name = name or model.rstrip("/").rsplit("/", 1)[-1]
             place = torch.device(device or "cpu")
             weights = _weights(dtype) or (torch.float32 if place.type == "cpu" else "auto")
-            model = AutoModelForSequenceClassification.from_pretrained(model, dtype=weights).to(place).eval()
+            path = model
+            try:
+                model, found = AutoModelForSequenceClassification.from_pretrained(
+                    path, dtype=weights, output_loading_info=True
+                )
+            except OSError as error:
+                raise ModelError(f"Reward.from_pretrained: {path!r} cannot be loaded: {error}") from error
+            if found["missing_keys"]:
+                missing = ", ".join(sorted(found["missing_keys"])[:3])
+                raise ModelError(
+                    f"Reward.from_pretrained: {path!r} has no weights for {missing}: it is no trained sequence "
+                    "classifier, and its scores would be random"
+                )
+            model = model.to(place).eval()
         elif (dtype, device) != (None, None):
             raise ModelError(
                 "Reward.from_pretrained: got dtype= or device= with a loaded model; move it yourself: "

@@ -116,7 +116,7 @@ class UncertainReward(Factor):
             _check_references(num_references, upper, feature)
         bound = attitude.upper(upper, beta)
         judgement = replace(feature, read=Judgement(attitude.unfitted, beta, feature.stochastic))
-        context = (Feature("context", context_of, on="ids"),) if attitude.reads_context else ()
+        context = (Feature(f"{feature.name}_context", context_of, on="ids"),) if attitude.reads_context else ()
         super().__init__(
             name=name or feature.name,
             features=(judgement, *context),

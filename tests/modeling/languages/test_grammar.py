@@ -15,8 +15,9 @@ from lmppl.errors import ModelError
 from lmppl.lm import LM
 from lmppl.lm.tabular import TabularLM
 from lmppl.modeling.evidence import Finished, Grammar, JsonSchema
-from lmppl.modeling.evidence.languages.grammar_engine import TokenBytes, TokenMasks, token_bytes
+from lmppl.modeling.evidence.languages.grammar_engine import TokenMasks
 from lmppl.modeling.evidence.languages.grammar_prefixes import GrammarPrefixes
+from lmppl.modeling.evidence.token_bytes import TokenBytes, token_bytes
 from lmppl.testing import check_factor
 from tests.modeling.test_prefixes import build
 

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl.errors import ModelError
@@ -87,6 +87,7 @@ def test_random_expressions(pattern: str, texts: list[str]) -> None:
     assert machine.accepts_texts(texts).tolist() == [re.fullmatch(pattern, text) is not None for text in texts]
 
 
+@settings(max_examples=40)
 @given(st.sets(st.text("abA.", min_size=1, max_size=4), min_size=1, max_size=5), st.booleans(), st.booleans())
 def test_a_tree_of_words_is_the_expression_of_them(words: set[str], whole: bool, ignore: bool) -> None:
     machine = containing_automaton(sorted(words), whole_words=whole, ignore_case=ignore)

@@ -144,7 +144,7 @@ def test_prefixes_are_read_from_the_cache(kind: str) -> None:
         state = form.advance(state, rows[:, t], None)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["tabular", "llama", pytest.param("mistral", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["prior", "one token", "away"])
 def test_smc_is_unbiased(kind: str, name: str) -> None:
     """E Ẑ = Z and E[Ẑ Σ W̄ 1[x]] = γ(x), over every outcome of whole sweeps of two particles."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
 from lmppl.modeling.evidence.constraint import Constraint
-from lmppl.modeling.evidence.languages.grammar_engine import GrammarText, token_bytes, whole_grammar
+from lmppl.modeling.evidence.languages.grammar_engine import GrammarText, whole_grammar
 from lmppl.modeling.evidence.languages.grammar_prefixes import GrammarPrefixes
 from lmppl.modeling.evidence.languages.language import Language, snake_case
 from lmppl.modeling.evidence.prefix_reader import LogFactor, PrefixReader, as_log
 from lmppl.modeling.evidence.prefixes import LazyForm
+from lmppl.modeling.evidence.token_bytes import token_bytes
 from lmppl.modeling.factors import Factor, Feature, Incremental
 from lmppl.sequences import Sequences
 
@@ -99,7 +100,8 @@ class JsonSchema(Grammar):
 
     Every text of the language is valid JSON (white space around it allowed) and valid under the schema. Not every
     valid document is in it: the members of an object stand in the order of the schema's `properties`, others after
-    them, and integers have no decimal point. Keywords that llguidance does not know are an error that names them.
+    them, and integers have no decimal point. Keywords of JSON Schema that llguidance does not implement are an error
+    that names them; words that are no keywords say nothing, as JSON Schema wants it.
 
     Parameters
     ----------

@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
-from lmppl.lm.base import LanguageModel
+from lmppl.modeling.evidence.token_bytes import TokenBytes
 
-__all__ = ["GrammarText", "TokenBytes", "TokenMasks", "token_bytes", "whole_grammar"]
+__all__ = ["GrammarText", "TokenMasks", "whole_grammar"]
 
 CLOSING = b"\x00"  # a character that closes a text: see `TokenMasks.completing`
 REPLACEMENT = "\ufffd".encode()  # what decoders write for bytes that are no character
-NEVER = b"\xff"  # a byte of no character, which llguidance does not show
 WORD = 32  # bits
 
 
@@ -65,45 +64,6 @@ class GrammarText:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"grammar": self.grammar}
-
-
-class TokenBytes(NamedTuple):
-    """The V tokens of an LM as bytes.
-
-    Parameters
-    ----------
-    inside, first : list of bytes
-        Behind other tokens, and at the beginning of a text; b"" for tokens without text.
-    differs : bool
-        Whether the two differ.
-    """
-
-    inside: list[bytes]
-    first: list[bytes]
-    differs: bool
-
-
-def token_bytes(lm: LanguageModel) -> TokenBytes | None:
-    """The bytes of the tokens of `lm`; None where its tokens do not add up to text, or hide their bytes."""
-    spelling = lm.spelling
-    if not spelling.additive:
-        return None
-    inside = [piece.encode(errors="surrogatepass") for piece in spelling.pieces]
-    first = [piece.encode(errors="surrogatepass") for piece in spelling.first]
-    unsettled = torch.nonzero(spelling.open).squeeze(1).tolist()
-    if unsettled:
-        tokenizer: Any = getattr(lm, "tokenizer", None)
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            return None
-        from llguidance.hf import from_tokenizer
-
-        read = from_tokenizer(tokenizer, n_vocab=lm.vocab_size, slices=[])
-        for v in unsettled:
-            own = read.decode_bytes([v]) or NEVER
-            if not bool(spelling.partial[v]) and own != inside[v]:
-                return None
-            inside[v] = first[v] = own
-    return TokenBytes(inside, first, spelling.begins_differently)
 
 
 class TokenMasks:

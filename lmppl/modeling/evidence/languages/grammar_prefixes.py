@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
-from lmppl.modeling.evidence.automaton_prefixes import MASK
-from lmppl.modeling.evidence.languages.grammar_engine import TokenBytes, TokenMasks
+from lmppl.modeling.evidence.automaton_tables import MASK
+from lmppl.modeling.evidence.languages.grammar_engine import TokenMasks
+from lmppl.modeling.evidence.token_bytes import TokenBytes
 
 __all__ = ["GrammarPrefixes", "GrammarRows"]
 

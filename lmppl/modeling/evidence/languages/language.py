@@ -85,6 +85,9 @@ class Language(Constraint):
         """A shortest text of L, where L is given by an automaton."""
         return None if self.automaton is None else self.automaton.shortest()
 
+    def __bool__(self) -> bool:
+        raise ModelError(f"{self.kind}: `and`, `or` and `not` do not combine languages; use &, | and ~")
+
     def __and__(self, other: Language | Automaton) -> Language:
         return _combined("and", self, other)
 

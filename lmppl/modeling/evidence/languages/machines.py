@@ -49,7 +49,8 @@ class Machine:
         """A new node."""
         if len(self.reads) == MAX_NODES:
             raise ModelError(
-                f"Regex: the expression needs more than {MAX_NODES:,} steps; shorten repeats such as {{1,1000}}"
+                f"Language: it needs more than {MAX_NODES:,} steps; shorten repeats such as {{1,1000}}, or give fewer "
+                "words"
             )
         self.reads.append([])
         self.jumps.append([])
@@ -111,8 +112,8 @@ class _Subsets:
                 if to not in number:
                     if len(number) == MAX_STATES:
                         raise ModelError(
-                            f"Regex: the expression needs more than {MAX_STATES:,} states; shorten repeats such as "
-                            "{1,1000}, or use Constraint(fn) with re.fullmatch"
+                            f"Language: it needs more than {MAX_STATES:,} states; shorten repeats such as {{1,1000}}, "
+                            "give fewer words, or use Constraint(fn)"
                         )
                     number[to] = len(number)
                     queue.append(to)

@@ -42,6 +42,8 @@ class Regex(Language):
     def __init__(self, pattern: str, flags: int = 0, *, name: str | None = None) -> None:
         if not isinstance(pattern, str):
             raise ModelError(f"Regex: got {pattern!r}, expected a pattern as text")
+        if isinstance(flags, bool) or not isinstance(flags, int):
+            raise ModelError(f"Regex: got flags={flags!r}, expected flags of re, such as re.IGNORECASE | re.DOTALL")
         arguments = {"pattern": pattern, "flags": int(flags)}
         self._declare(_automaton(pattern, int(flags)), arguments, name, f"1[x matches /{pattern}/]")
 

@@ -15,7 +15,7 @@ from lmppl.modeling.evidence.languages.regex_machine import containing_automaton
 
 __all__ = ["Banned", "Contains", "MaxWords", "OneOf"]
 
-MAX_ALL = 12  # words that must all occur: the automaton remembers which have
+MAX_ALL = 8  # words that must all occur: the automaton remembers which have
 
 
 class Contains(Language):
@@ -37,7 +37,7 @@ class Contains(Language):
     Raises
     ------
     ModelError
-        Where there is no word, an empty one, or more than 12 that must all occur.
+        Where there is no word, an empty one, or more than 8 that must all occur.
 
     References
     ----------

@@ -145,6 +145,8 @@ class BayesianRewardModel(UncertainReward):
             For features that are not finite, or that are no matrix.
         """
         _check_options(posterior, prior_scale, noise, num_draws)
+        # What declares the factor is refused before the fit, which may take minutes.
+        UncertainReward(_no_belief, beta, attitude, num_references=num_references, name=name, on=on)
         known = read_pairs(pairs, WHO, on)
         check_for_fit(known, WHO)
         scaled, delta = standardise(features, known, WHO)
@@ -292,6 +294,11 @@ class BayesianRewardModel(UncertainReward):
         number = {name: j for j, name in enumerate(self.belief.annotators)}
         index = torch.tensor([number.get(name, -1) for name in pairs.annotators] + [-1])
         return index[pairs.annotator]
+
+
+def _no_belief(texts: list[str]) -> list[list[float]]:
+    """What stands for a belief that is still to be fitted."""
+    return [[0.0, 0.0] for _ in texts]
 
 
 def _check_options(posterior: object, prior_scale: object, noise: object, num_draws: object) -> None:

@@ -24,6 +24,7 @@ from lmppl.modeling.evidence.preference.posteriors import HeadDraws
 
 __all__ = ["autoguide", "nuts"]
 
+MAX_DIVERGING = 0.01  # share of steps
 R_HAT = 1.1  # above it a chain is no posterior
 NUM_STEPS = 600  # of SVI
 NUM_PARTICLES = 16  # draws of the guide behind each gradient
@@ -107,7 +108,8 @@ def nuts(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tu
     Raises
     ------
     ModelError
-        Where R̂ of a coordinate is above 1.1: the chain has not reached the posterior.
+        Where R̂ of a coordinate is above 1.1, or more than one step in a hundred diverges: the chain has not reached
+        the posterior, or not all of it.
     """
     from pyro.infer import MCMC, NUTS
     from pyro.infer.autoguide.initialization import init_to_value
@@ -128,13 +130,21 @@ def nuts(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tu
     if not r_hat < R_HAT:
         raise ModelError(f"BayesianRewardModel: NUTS has not converged: R̂ = {r_hat:.2f}; raise num_draws={num_draws}")
     divergences = sum(len(rows) for rows in said["divergences"].values())
+    if divergences > MAX_DIVERGING * num_draws:
+        raise ModelError(
+            f"BayesianRewardModel: NUTS diverged in {divergences} of {num_draws} steps, so that it misses a part of "
+            "the posterior; set prior_scale=, or use posterior='laplace'"
+        )
     generator = torch.Generator().manual_seed(seed)
     facts = {"r_hat": r_hat, "n_eff": n_eff, "divergences": divergences, "warmup": warmup}
     return model.head_draws(sites, generator), facts
 
 
 def autoguide(problem: HeadProblem, fit: LaplaceFit, num_draws: int, seed: int) -> tuple[HeadDraws, dict[str, Any]]:
-    """Draws of a Gaussian of full covariance (`AutoMultivariateNormal`) that SVI fits to the posterior."""
+    """Draws of a Gaussian of full covariance (`AutoMultivariateNormal`) that SVI fits to the posterior.
+
+    An approximation: of reverse KL, and its error is not measured here; `BayesianRewardModel.agreement` compares fits.
+    """
     import pyro
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoMultivariateNormal

@@ -126,7 +126,8 @@ class LaplaceLastLayer(SequenceClassifier):
         features = self.features(texts)
         if len(self.mean) == features.shape[1] + 1:
             features = _with_one(features)
-        return features @ self.mean, ((features @ self.covariance) * features).sum(1).sqrt()
+        # |Lᵀh| with Σ = LLᵀ, which rounding cannot make the root of a negative number.
+        return features @ self.mean, (features @ torch.linalg.cholesky(self.covariance)).norm(dim=1)
 
     def features(self, texts: list[str]) -> Tensor:
         """(B, H) what the last layer reads, where the model reads its output: pooled as the model pools."""
@@ -186,6 +187,8 @@ def gaussian_head(design: Tensor, start: Tensor, scale: float) -> tuple[Tensor, 
             if float(loss(theta - step)) <= float(value):
                 break
             step = 0.5 * step
+        else:
+            break  # rounding hides the way down
         theta = theta - step
         value = loss(theta)
     raise ModelError(
