@@ -110,7 +110,7 @@ class FactorGraph:
         for feature in self._data["features"]:
             key = f"feature:{feature['name']}"
             graph.add_node(key, kind="feature", layer=3, label=feature["name"])
-            graph.add_edges_from((read, key) for read in feature["reads"])
+            graph.add_edges_from((r if r in ("c", "x") else f"feature:{r}", key) for r in feature["reads"])
         for factor in self._data["factors"]:
             key, formula = f"factor:{factor['name']}", factor["formula"] or f"{factor['name']}(x)"
             label = (

@@ -48,8 +48,8 @@ class UncertainReward(Factor):
         function of the text, unless `stochastic`.
     beta : float
         β > 0, in the units of r.
-    attitude : Attitude
-        What the belief is worth.
+    attitude : Attitude, optional
+        What the belief is worth; by default `Mean()`, which ignores uncertainty.
     num_references : int, optional
         Centre the members: from member m, its mean over this many draws of the prior is subtracted, in each context.
         Rewards learned from comparisons (Bradley and Terry) have a free constant per context and member, so that every

@@ -6,7 +6,7 @@ Source: `siththaranjan2024` (distributional preference learning: what a plain re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -16,10 +16,10 @@ from lmppl.errors import ModelError
 from lmppl.modeling.evidence.attitudes import Attitude, check_number
 from lmppl.modeling.evidence.preference.evaluation import Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.features import Featuriser, Standardised, standardise
+from lmppl.modeling.evidence.preference.learned_reward import LearnedReward
 from lmppl.modeling.evidence.preference.pairs import Pairs, check_for_fit, read_pairs
 from lmppl.modeling.evidence.preference.preference_heads import Levels, PreferenceHeads, fit_heads
 from lmppl.modeling.evidence.preference.writing import read_tensor, write_tensor
-from lmppl.modeling.evidence.uncertain import UncertainReward, attitude_of
 from lmppl.modeling.factors import Feature
 
 __all__ = ["PreferenceDistribution"]
@@ -45,7 +45,7 @@ class HeadsOfTexts:
         return self.heads.belief(self.features(texts, self.__name__))
 
 
-class PreferenceDistribution(UncertainReward):
+class PreferenceDistribution(LearnedReward):
     """How people differ in liking a text x: a law of r(x), learned from pairs; made by `fit`.
 
     A comparison asks somebody about a and somebody about b: P(a ≻ b) = P(r(a) > r(b)) with r(a), r(b) independent. Its
@@ -54,7 +54,7 @@ class PreferenceDistribution(UncertainReward):
 
     Parameters
     ----------
-    texts : HeadsOfTexts
+    learned : HeadsOfTexts
         What `fit` makes.
     beta, attitude, num_references, name, fingerprint
         As in `UncertainReward`. `num_references` centres the means: r has a free constant in each context.
@@ -67,25 +67,13 @@ class PreferenceDistribution(UncertainReward):
         As `UncertainReward`.
     """
 
-    texts: HeadsOfTexts
+    kind_of_learned = HeadsOfTexts
 
-    def __init__(
-        self,
-        texts: HeadsOfTexts,
-        beta: float = 1.0,
-        attitude: Attitude | None = None,
-        *,
-        num_references: int | None = None,
-        name: str | None = None,
-        on: Literal["text", "full"] = "text",
-        fingerprint: str | None = None,
-    ) -> None:
-        if not isinstance(texts, HeadsOfTexts):
-            raise ModelError(f"{WHO}: got {type(texts).__name__}, expected what {WHO}.fit(pairs, features) makes")
-        super().__init__(
-            texts, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint
-        )
-        object.__setattr__(self, "texts", texts)
+    @property
+    def texts(self) -> HeadsOfTexts:
+        """What `fit` made."""
+        found: HeadsOfTexts = self.learned
+        return found
 
     @classmethod
     def fit(
@@ -138,25 +126,6 @@ class PreferenceDistribution(UncertainReward):
         texts = HeadsOfTexts(scaled, heads, name or "preference")
         return cls(texts, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint)
 
-    def with_attitude(
-        self,
-        attitude: Attitude,
-        *,
-        beta: float | None = None,
-        num_references: int | None = None,
-        name: str | None = None,
-    ) -> Self:
-        """The same laws in another declaration; what is not given stays."""
-        return type(self)(
-            self.texts,
-            self.beta if beta is None else beta,
-            attitude,
-            num_references=self.num_references if num_references is None else num_references,
-            name=name or (self.name if self.named else None),
-            on=self._on,
-            fingerprint=self.features[0].fingerprint,
-        )
-
     def log_predictive(self, pairs: Iterable[Any]) -> Tensor:
         """(N, 3) log P of "chosen is better", "rejected is better" and "tie" (−inf), in nats."""
         return self._predict(read_pairs(pairs, WHO, self._on))
@@ -180,29 +149,14 @@ class PreferenceDistribution(UncertainReward):
         }
 
     @classmethod
-    def from_description(
-        cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
-    ) -> Self:
-        """The factor that `describe` described; the feature's function is the featuriser, or what was fitted."""
-        fn: Any = features[0].fn
+    def read_learned(cls, data: Mapping[str, Any], feature: Feature) -> HeadsOfTexts:
+        """As `LearnedReward.read_learned`."""
+        fn: Any = feature.fn
         if isinstance(fn, HeadsOfTexts):
             fn = fn.features.fn
         scaled = Standardised(fn, read_tensor(data["centre"]), read_tensor(data["scale"]))
         heads = PreferenceHeads(data["heads"], read_tensor(data["weights"]), read_tensor(data["bias"]))
-        return cls(
-            HeadsOfTexts(scaled, heads, features[0].name),
-            float(data["beta"]),
-            attitude_of(data),
-            num_references=data["num_references"],
-            name=data["name"],
-            on=data["on"],
-            fingerprint=features[0].fingerprint,
-        )
-
-    @property
-    def _on(self) -> Literal["text", "full"]:
-        on: Any = getattr(self.features[0].fn, "on", self.features[0].on)
-        return on  # type: ignore[no-any-return]
+        return HeadsOfTexts(scaled, heads, feature.name)
 
     def _predict(self, known: Pairs) -> Tensor:
         first, second = self.texts.features([*known.chosen, *known.rejected], WHO).split(len(known))

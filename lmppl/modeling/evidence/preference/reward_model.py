@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -20,12 +20,13 @@ from lmppl.modeling.evidence.preference.features import Featuriser, differences,
 from lmppl.modeling.evidence.preference.head_belief import CentredHeadBelief, HeadBelief
 from lmppl.modeling.evidence.preference.heads import HeadProblem
 from lmppl.modeling.evidence.preference.laplace import best_scales
+from lmppl.modeling.evidence.preference.learned_reward import LearnedReward
 from lmppl.modeling.evidence.preference.likelihood import log_outcomes
 from lmppl.modeling.evidence.preference.pairs import Pairs, check_for_fit, read_pairs
 from lmppl.modeling.evidence.preference.posteriors import DrawnHead, GaussianHead, HeadPosterior
 from lmppl.modeling.evidence.preference.sampling import SAMPLERS
 from lmppl.modeling.evidence.preference.writing import read_belief_data, write_belief_data
-from lmppl.modeling.evidence.uncertain import UncertainReward, attitude_of
+from lmppl.modeling.evidence.uncertain import UncertainReward
 from lmppl.modeling.factors import Factor, Feature
 
 __all__ = ["BayesianRewardModel"]
@@ -34,7 +35,7 @@ WHO = "BayesianRewardModel"
 POSTERIORS = ("laplace", *SAMPLERS)
 
 
-class BayesianRewardModel(UncertainReward):
+class BayesianRewardModel(LearnedReward):
     """A reward r(x) = wᵀf(x) learned from preference pairs, known up to a posterior over w; made by `fit`.
 
     Bradley and Terry: P(a ≻ b | w) = σ(r(a) − r(b)), with ties by Davidson, a share of choices that are the wrong way
@@ -43,7 +44,7 @@ class BayesianRewardModel(UncertainReward):
 
     Parameters
     ----------
-    belief : HeadBelief
+    learned : HeadBelief
         What `fit` makes.
     beta, attitude, num_references, name
         As in `UncertainReward`. A reward learned from pairs has a free constant in each context: every attitude but
@@ -68,25 +69,13 @@ class BayesianRewardModel(UncertainReward):
     5
     """
 
-    belief: HeadBelief
+    kind_of_learned = HeadBelief
 
-    def __init__(
-        self,
-        belief: HeadBelief,
-        beta: float = 1.0,
-        attitude: Attitude | None = None,
-        *,
-        num_references: int | None = None,
-        name: str | None = None,
-        on: Literal["text", "full"] = "text",
-        fingerprint: str | None = None,
-    ) -> None:
-        if not isinstance(belief, HeadBelief):
-            raise ModelError(f"{WHO}: got {type(belief).__name__}, expected what {WHO}.fit(pairs, features) makes")
-        super().__init__(
-            belief, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint
-        )
-        object.__setattr__(self, "belief", belief)
+    @property
+    def belief(self) -> HeadBelief:
+        """What `fit` made."""
+        found: HeadBelief = self.learned
+        return found
 
     @classmethod
     def fit(
@@ -181,25 +170,6 @@ class BayesianRewardModel(UncertainReward):
         """How it was fitted: posterior, σ, τ, the Laplace evidence in nats, what a sampler says of itself."""
         return dict(self.belief.facts)
 
-    def with_attitude(
-        self,
-        attitude: Attitude,
-        *,
-        beta: float | None = None,
-        num_references: int | None = None,
-        name: str | None = None,
-    ) -> Self:
-        """The same posterior in another declaration; what is not given stays."""
-        return type(self)(
-            self.belief,
-            self.beta if beta is None else beta,
-            attitude,
-            num_references=self.num_references if num_references is None else num_references,
-            name=name or (self.name if self.named else None),
-            on=self._on,
-            fingerprint=self.features[0].fingerprint,
-        )
-
     def log_predictive(self, pairs: Iterable[Any]) -> Tensor:
         """(N, 3) log P of "chosen is better", "rejected is better" and "tie", in nats, averaged over the posterior.
 
@@ -267,27 +237,12 @@ class BayesianRewardModel(UncertainReward):
         return super().describe() | {"belief": write_belief_data(self.belief)}
 
     @classmethod
-    def from_description(
-        cls, data: Mapping[str, Any], features: Sequence[Feature], functions: Mapping[str, Any]
-    ) -> Self:
-        """The factor that `describe` described; the feature's function is the featuriser, or the old belief."""
-        fn: Any = features[0].fn
+    def read_learned(cls, data: Mapping[str, Any], feature: Feature) -> HeadBelief:
+        """As `LearnedReward.read_learned`."""
+        fn: Any = feature.fn
         if isinstance(fn, HeadBelief):
             fn = fn.features.fn
-        return cls(
-            HeadBelief(*read_belief_data(data["belief"], fn), name=features[0].name),
-            float(data["beta"]),
-            attitude_of(data),
-            num_references=data["num_references"],
-            name=data["name"],
-            on=data["on"],
-            fingerprint=features[0].fingerprint,
-        )
-
-    @property
-    def _on(self) -> Literal["text", "full"]:
-        on: Any = getattr(self.features[0].fn, "on", self.features[0].on)
-        return on  # type: ignore[no-any-return]
+        return HeadBelief(*read_belief_data(data["belief"], fn), name=feature.name)
 
     def _annotator(self, pairs: Pairs) -> Tensor:
         """(N,) the index of each pair's annotator among those that the posterior knows, −1 for others."""
