@@ -165,7 +165,9 @@ class Moment(Factor):
     def _describe_formula(self) -> None:
         f = applied(self.features[0])
         shown = "λ" if self.multipliers is None else _shown(self.multipliers)
-        self._set(formula=f"exp({shown}·{f}), E[{f}] = {_shown(self.target)}")
+        # λ is what makes the mean the target in the model that was fitted, and in no other.
+        wanted = f", E[{f}] = {_shown(self.target)}" if self.multipliers is None else ""
+        self._set(formula=f"exp({shown}·{f}){wanted}")
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
