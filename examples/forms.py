@@ -18,7 +18,7 @@ model = (
     * lmppl.Finished()
 )
 masked = lmppl.WeightedDecoding()
-engines = [masked, lmppl.Importance(256, proposal=masked), lmppl.SMC(64)]
+engines = [masked, lmppl.SMC(64)]
 
 review = lmppl.JsonSchema(
     {
@@ -31,6 +31,8 @@ review = lmppl.JsonSchema(
 
 
 if __name__ == "__main__":
+    corrected = lmppl.Importance(256, proposal=masked.language_model(model))
+    print(lmppl.compare(model, {"masked": masked, "masked, corrected": corrected, "smc": lmppl.SMC(64)}, num_draws=512))
     posterior = lmppl.infer(model, lmppl.SMC(64), seed=1)
     print(model, posterior.log_normalizer[0], sep="\n")
     for text in posterior.draw(5).text:

@@ -59,12 +59,19 @@ class Language(Constraint):
             raise ModelError(f"Language: got {type(automaton).__name__}, expected an Automaton")
         self._declare(automaton, {"automaton": automaton.to_dict()}, name, "1[x ∈ L]")
 
-    def _declare(self, automaton: Automaton, arguments: Mapping[str, Any], name: str | None, formula: str) -> None:
+    def _declare(
+        self,
+        automaton: Automaton,
+        arguments: Mapping[str, Any],
+        name: str | None,
+        formula: str,
+        label: str | None = None,
+    ) -> None:
         """Be the constraint of an automaton; `arguments` are those of the class, as plain data."""
         kind = self.kind
         if automaton.shortest() is None:
             raise ModelError(f"{kind}: no text is allowed by {formula}: the language is empty")
-        Constraint.__init__(self, automaton, name=name or snake_case(kind))
+        Constraint.__init__(self, automaton, name=name or label or snake_case(kind))
         self._set(arguments=dict(arguments), formula=formula, named=name is not None)
 
     def accepts(self, texts: Sequence[str]) -> Tensor:
@@ -158,13 +165,11 @@ class Combination(Language):
         formula = _formula(operation, [part.formula for part in parts])
         automaton = _joined(operation, [part.automaton for part in parts])
         if automaton is not None:
-            self._declare(automaton, arguments, name, formula)
+            self._declare(automaton, arguments, name, formula, _NAMES[operation])
         else:
             member = _Membership(operation, parts)
             Constraint.__init__(self, Feature(_NAMES[operation], member, "ids"), name=name or _NAMES[operation])
             self._set(arguments=arguments, formula=formula, named=name is not None)
-        if name is None:
-            self._set(name=_NAMES[operation])
         self._set(operation=operation, parts=parts)
 
     def accepts(self, texts: Sequence[str]) -> Tensor:
