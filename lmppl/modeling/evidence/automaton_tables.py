@@ -190,7 +190,7 @@ class AutomatonTables:
         for left in range(1, self.horizon + 1):
             by_run = (closes & self.accept).any(1) if left == 1 else runs_on
             rows.append(stops | (leads & rows[-1]).any(1) | by_run)
-        return torch.stack(rows)
+        return torch.stack(rows) & self._alive_by_characters()  # no run has more characters than its tokens
 
     def _alive_by_characters(self) -> Tensor:
         """(T+1, Q) bool: whether so many tokens have as many characters as acceptance needs."""

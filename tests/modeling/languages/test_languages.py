@@ -139,6 +139,12 @@ def test_masked_decoding_is_not_the_posterior_and_weights_make_it_so() -> None:
         assert abs(float(estimate.value[0]) - truth["ab"]) < 0.1
 
 
+def test_more_characters_than_the_tokens_have_are_found_before_a_run() -> None:
+    lm = lmppl.LM("tiny", context="Once upon a time", max_new_tokens=12)
+    with pytest.raises(InfeasibleModel, match="alone excludes every outcome of at most 12 tokens"):
+        lmppl.infer(lm * Regex("(?s).{400,500}"), num_draws=4)
+
+
 def test_words_outside_ascii_are_written_token_by_token() -> None:
     """Bytes of an unfinished character are followed to the characters that they can become."""
     lm = lmppl.LM("tiny", context="Once upon a time", max_new_tokens=12)
