@@ -26,6 +26,7 @@ from lmppl.modeling.evidence import (
     OneOf,
     Regex,
     Reward,
+    automaton_tables,
 )
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
 from lmppl.modeling.evidence.prefix_reader import PrefixReader, held_back
@@ -149,6 +150,16 @@ def test_potentials_are_right_at_the_end_and_never_condemn_what_can_be_allowed(k
             # A table looks ahead over all tokens that still fit, so that it also knows every dead prefix.
             late = [u for u, value in walked.prefixes.items() if value == 0.0 and best[u] == -math.inf]
             assert late == []
+
+
+@pytest.mark.parametrize("kind", ["tabular", "bytes", "sentencepiece"])
+@pytest.mark.parametrize("name", ["tokens", "with an end", "length", "regex", "accented words", "finished"])
+def test_large_automata_condemn_nothing_either(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What remaining tokens can reach is judged by their number of symbols there."""
+    monkeypatch.setattr(automaton_tables, "EXACT_CELLS", 0)
+    walked = Walked(CONSTRAINTS[name](), build(kind), 1)
+    best = walked.best()
+    assert [u for u, value in walked.prefixes.items() if value == -math.inf and best[u] == 0.0] == []
 
 
 @pytest.mark.parametrize("kind", ["tabular", "llama", "bytes", "sentencepiece", "stop string"])

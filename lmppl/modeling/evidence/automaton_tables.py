@@ -193,7 +193,7 @@ class AutomatonTables:
         return torch.stack(rows) & self._alive_by_characters()  # no run has more characters than its tokens
 
     def _alive_by_characters(self) -> Tensor:
-        """(T+1, Q) bool: whether so many tokens have as many characters as acceptance needs."""
+        """(T+1, Q) bool: whether so many tokens have as many symbols as acceptance needs."""
         distance = torch.where(self.accept, 0, -1)
         table, steps = self.automaton.transitions.to(self.device), 0
         while True:
@@ -202,7 +202,8 @@ class AutomatonTables:
             if not bool(nearer.any()):
                 break
             distance[nearer] = steps
-        longest = max(len(piece) for pieces in self.pieces for piece in pieces)
+        # Over tokens, each is a symbol of its own.
+        longest = 1 if self.spelling is None else max(len(piece) for pieces in self.pieces for piece in pieces)
         reach = torch.arange(self.horizon + 1, device=self.device) * longest
         return (distance >= 0) & (distance <= reach[:, None])
 
