@@ -58,7 +58,7 @@ class LMScore:
                 text = quote(sequences.text[int(zero[possible][0])])
                 raise FactorError(
                     f"{self.what} is 0 for the text {text}, by which φ divides, and π0 is not: φ is infinite there; "
-                    "give φ a positive power of this probability, or an LM that can write what the prior writes"
+                    "what divides (over=, or lm= with a negative weight) must be able to write what the prior writes"
                 )
             values = values.masked_fill(values == -torch.inf, 0.0)
         return values
