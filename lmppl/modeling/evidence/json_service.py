@@ -123,7 +123,7 @@ class JsonService:
             if outcome.wait > LONGEST_WAIT:
                 raise FactorError(f"{described}; it asks to wait {outcome.wait:.0f} s: run again after that")
             wait = max(outcome.wait, min(self.backoff * 2**attempt, LONGEST_WAIT))
-            log.info("%s; tried again in %.1f s", described, wait)
+            log.warning("%s; tried again in %.1f s", described, wait)
             if stop.wait(wait):
                 raise Stopped
         raise AssertionError("the last try returns or raises")
