@@ -29,7 +29,7 @@ def check_automaton_on_texts(report: Report, factor: Factor, rows: Sequences, nu
     if automaton.over != "characters" or not plain or len(rows) == 0:
         report.skip(LAW, "its function reads more than the text")
         return
-    texts = random_texts(automaton, num_texts, seed)
+    texts = random_texts(automaton, num_texts, seed, letters="".join(sorted(set("".join(rows.text)))))
     tried = rows.select([0] * len(texts))
     tried.__dict__["text"] = texts
     columns = {f.name: evaluate(f, tried, factor=factor.name) for f in factor.features}
@@ -42,7 +42,9 @@ def check_automaton_on_texts(report: Report, factor: Factor, rows: Sequences, nu
     report.require(not bad, LAW, shown, verdict, f"on {len(texts)} texts, {share:.0%} of them accepted")
 
 
-def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length: int = 40) -> list[str]:
+def random_texts(
+    automaton: Automaton, num_texts: int, seed: int, *, letters: str = "", max_length: int = 40
+) -> list[str]:
     """Words for trying an automaton over characters: walks that end where it accepts, the same with an edit, and noise.
 
     Parameters
@@ -50,6 +52,8 @@ def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length:
     automaton : Automaton
     num_texts : int
     seed : int
+    letters : str
+        Characters of which noise is made too, beside those that the automaton tells apart.
     max_length : int
         Where walks stop looking for an accepting state.
     """
@@ -63,6 +67,11 @@ def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length:
         ranges = sets[column].ranges
         low, high = ranges[source.randrange(min(len(ranges), 8))]  # the first ranges are the ones that people write
         return chr(low + source.randrange(min(high - low + 1, 64)))
+
+    def noise() -> str:
+        if letters and source.randrange(4):
+            return letters[source.randrange(len(letters))]
+        return character(columns[source.randrange(len(columns))])
 
     def walk() -> str:
         state, word = automaton.start, ""
@@ -84,6 +93,6 @@ def random_texts(automaton: Automaton, num_texts: int, seed: int, *, max_length:
             at = source.randrange(len(word))
             word = word[:at] + character(columns[source.randrange(len(columns))]) * source.randrange(2) + word[at + 1 :]
         elif kind == 2:
-            word = "".join(character(columns[source.randrange(len(columns))]) for _ in range(source.randrange(12)))
+            word = "".join(noise() * source.randrange(1, 8) for _ in range(source.randrange(8)))
         texts.append(word)
     return texts[:num_texts]

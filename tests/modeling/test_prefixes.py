@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,11 @@ from lmppl.modeling.evidence import (
     OneOf,
     Regex,
     Reward,
+    automaton_bytes,
     automaton_tables,
 )
 from lmppl.modeling.evidence.automaton_prefixes import AutomatonPrefixes
+from lmppl.modeling.evidence.languages import grammar, grammar_engine, joint_form
 from lmppl.modeling.evidence.prefix_reader import PrefixReader, held_back
 from lmppl.modeling.evidence.prefixes import PROBES
 from lmppl.modeling.factors import Factor
@@ -74,6 +77,9 @@ CONSTRAINTS: dict[str, Callable[[], Constraint]] = {
     "text and end": lambda: Regex("a.*|b") & Finished(),
     "text or no end": lambda: Regex("a*") | ~Finished(),
     "accented words": lambda: OneOf(["é", "aé", "a", "bA", "é "]),
+    "beyond ascii": lambda: Regex("[^é\\x00-\\x7f]{2}"),
+    "four letters": lambda: Regex("[ab]{3} a|[ab]{2} a"),
+    "forced": lambda: Grammar('start: "b" " a"'),
     "one accent": lambda: Regex("[^é]?é?\u2019?."),
     "grammar": lambda: Grammar('start: "a" start "b" | "a" | /[b ]+/'),
     "accents": lambda: Grammar("start: /[aé\\u0080-\\uFFFF]*/"),
@@ -150,6 +156,58 @@ def test_potentials_are_right_at_the_end_and_never_condemn_what_can_be_allowed(k
             # A table looks ahead over all tokens that still fit, so that it also knows every dead prefix.
             late = [u for u, value in walked.prefixes.items() if value == 0.0 and best[u] == -math.inf]
             assert late == []
+
+
+def condemned(name: str, kind: str) -> bool:
+    """Whether a form says −inf of a prefix that can be allowed, or is wrong at an end."""
+    try:
+        walked = Walked(CONSTRAINTS[name](), build(kind), 1)
+    except AssertionError:
+        return True
+    best = walked.best()
+    return any(value == -math.inf and best[u] == 0.0 for u, value in walked.prefixes.items())
+
+
+def by_tokens(tables: automaton_tables.AutomatonTables, right: Callable[[Any], Tensor]) -> Tensor:
+    """As if every token had one character."""
+    spelling, tables.spelling = tables.spelling, None
+    try:
+        return right(tables)
+    finally:
+        tables.spelling = spelling
+
+
+def smallest(form: joint_form.JointForm, state: tuple[Any, ...]) -> Tensor:
+    return torch.stack([one.potential(s) for one, s in zip(form.forms, state, strict=True)]).amin(0)
+
+
+BYTES, TABLES = automaton_bytes.ByteLookahead, automaton_tables.AutomatonTables
+RIGHT = TABLES._alive_by_characters
+MUTANTS: dict[str, tuple[str, str, Any, str, Any]] = {
+    "a character is the first of its bytes": ("accented words", "bytes", BYTES, "_columns", lambda self, b: {0}),
+    "bytes are no character one by one only": (
+        "beyond ascii", "sentencepiece", BYTES, "_all_replaced", lambda self, state, data: False
+    ),
+    "one of them is all of them": ("text or no end", "llama", joint_form.JointForm, "potential", smallest),
+    "the last token is any other": (
+        "grammar", "tabular", grammar_engine.TokenMasks, "completing", lambda self, prefixes: self.allowed(prefixes)[0]
+    ),
+    "what is forced has one spelling": (
+        "forced", "sentencepiece", grammar, "whole_grammar",
+        lambda *parts: grammar_engine.whole_grammar(*parts).replace("true", "false"),
+    ),
+    "characters are counted in tokens": (
+        "four letters", "sentencepiece", TABLES, "_alive_by_characters", lambda self: by_tokens(self, RIGHT)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_of_the_forms_are_seen(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, kind, owner, attribute, wrong = MUTANTS[mutant]
+    assert not condemned(name, kind)
+    monkeypatch.setattr(owner, attribute, wrong)
+    assert condemned(name, kind)
 
 
 @pytest.mark.parametrize("kind", ["tabular", "bytes", "sentencepiece"])

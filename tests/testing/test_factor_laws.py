@@ -210,3 +210,36 @@ def test_a_form_that_reads_hidden_states_needs_an_lm():
 def test_a_broken_incremental_form_fails(form, law):
     with pytest.raises(CheckFailed, match=law):
         check_factor(ids_factor(log_value, incremental=form), LM.enumerate_sequences(0))
+
+
+# The laws of automata on texts that no draw shows, and of soft forms.
+
+
+def test_an_automaton_that_is_wrong_on_texts_that_the_lm_cannot_write():
+    """The LM writes four letters at most: only random texts show that five are too many for the predicate alone."""
+
+    def declared(automaton):
+        return Constraint(lambda texts: ["bbbbb" not in t for t in texts], automaton=automaton, name="own")
+
+    law = "the automaton agrees with the predicate on random texts"
+    assert "on 300 texts" in check_factor(declared(Automaton.avoiding("bbbbb")), LM).held[law]
+    for mutant in (Automaton.length(0), Automaton.avoiding("bbbbbb"), Automaton.length(0, 4)):
+        with pytest.raises(CheckFailed, match=f"{law} does not hold: got φ ="):
+            check_factor(declared(mutant), LM)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda step: -step.log_probs[:, 0] + 2.0 * step.log_probs[:, 0].detach(), "a gradient of"),
+        (lambda step: step.log_probs[:, 0].detach(), "a value without a gradient"),
+        (lambda step: step.log_probs[:, 0] + step.log_probs[:, 1].detach(), "a gradient of"),
+    ],
+    ids=["sign", "detached", "half"],
+)
+def test_a_soft_form_whose_gradient_is_another_function_s(wrong, got):
+    right = dataclasses.replace(ids_factor(lambda t: -float(len(t))), soft=lambda lm: lambda step: step.log_probs[:, 0])
+    law = "the gradient of the soft form agrees with finite differences"
+    assert law in check_factor(right, LM).held
+    with pytest.raises(CheckFailed, match=f"{law} does not hold: got {got}"):
+        check_factor(dataclasses.replace(right, soft=lambda lm: wrong), LM)

@@ -68,15 +68,13 @@ class ByteLookahead:
         return self.live[self.replaced[state]] or any(self.live[self.moves[state][c]] for c in self._columns(pending))
 
     def _all_replaced(self, state: int, data: bytes) -> bool:
-        """Whether the settled text and one U+FFFD for the first byte outside ASCII can go on."""
+        """Whether one U+FFFD can go on behind the settled text, or behind the letters that the bytes begin with.
+
+        Where bytes fall back (sentencepiece), letters too are replaced when bytes behind them are no character.
+        """
         lead = data[: next((i for i, byte in enumerate(data) if byte > 127), len(data))].decode("ascii")
-        if len(lead) == len(data):
-            return False
-        for text in ("", lead):
-            after = int(self.automaton.run([text], torch.tensor([state]))[0])
-            if self.live[self.replaced[after]]:
-                return True
-        return False
+        after = [int(self.automaton.run([text], torch.tensor([state]))[0]) for text in ("", lead)]
+        return any(self.live[self.replaced[q]] for q in after)
 
     def _columns(self, pending: bytes) -> set[int]:
         """The symbols among which is the character that begins with the bytes `pending`."""

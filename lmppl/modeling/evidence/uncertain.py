@@ -153,7 +153,7 @@ class UncertainReward(Factor):
         refusal = self.attitude.refusal(lm.num_contexts) if log_factor is not None else ""
         if refusal:
             raise ModelError(f"factor {self.name!r}: {refusal}")
-        return self if self.num_references is None else self._centred(lm, self.num_references)
+        return self._centred(lm, self.num_references) if self.num_references else self
 
     def _centred(self, lm: LanguageModel, num_references: int) -> Factor:
         """The factor whose beliefs are less their means over draws of `lm`."""
@@ -247,7 +247,7 @@ class SpreadGate(Factor):
 
     def bind(self, lm: LanguageModel, log_factor: Callable[[Sequences], Tensor] | None = None) -> Factor:
         """As `Factor.bind`, with the features of the bound reward."""
-        if self.reward.num_references is None:
+        if not self.reward.num_references:
             return self
         bound = copy.copy(self)
         # The first one has the spread; an attitude that reads the context has another.

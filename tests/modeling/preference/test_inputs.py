@@ -97,7 +97,7 @@ def test_a_feature_of_the_context_alone_is_named() -> None:
         ({"noise": 0.5}, "got noise=0.5, expected a share of choices"),
         ({"num_draws": 1}, "got num_draws=1"),
         ({"on": "ids"}, "got on='ids', expected 'text' or 'full'"),
-        ({"num_references": 0}, "got num_references=0"),
+        ({"num_references": -1}, "got num_references=-1"),
         ({"beta": 0.0}, "beta"),
     ],
 )

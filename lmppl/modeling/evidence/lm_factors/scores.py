@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -22,7 +23,7 @@ __all__ = ["CompletionScore", "FutureScore", "LMScore", "without_end"]
 
 
 @dataclass(frozen=True)
-class LMScore:
+class LMScore(ABC):
     """Base of functions `Sequences` → log-probabilities (B,) under an LM, in nats, without gradients.
 
     Parameters
@@ -64,13 +65,13 @@ class LMScore:
         return values
 
     @property
+    @abstractmethod
     def what(self) -> str:
         """The probability, in words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_prob(self, sequences: Sequences, context: Tensor) -> Tensor:
         """(B,) log p of the rows, whose contexts are `context` (B,) of the LM."""
-        raise NotImplementedError
 
     def _score(self, rows: Sequence[Sequence[int]], context: Tensor) -> Tensor:
         """(B, T') log-probabilities of tokens that are given as lists; 0 after the end of each."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmppl.errors import ModelError
-from lmppl.modeling.evidence.attitudes import Attitude, check_number
+from lmppl.modeling.evidence.attitudes import Attitude, Moderated, check_number
 from lmppl.modeling.evidence.preference.evaluation import Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.features import Featuriser, Standardised, standardise
 from lmppl.modeling.evidence.preference.learned_reward import LearnedReward
@@ -125,6 +125,11 @@ class PreferenceDistribution(LearnedReward):
         heads = fit_heads(kind, num_levels if kind == "categorical" else 2, float(prior_scale), first, second)
         texts = HeadsOfTexts(scaled, heads, name or "preference")
         return cls(texts, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint)
+
+    @classmethod
+    def is_indifferent(cls, attitude: Attitude) -> bool:
+        """As `LearnedReward.is_indifferent`: one constant for the whole law, which moves all but `Moderated` alike."""
+        return not isinstance(attitude, Moderated)
 
     def log_predictive(self, pairs: Iterable[Any]) -> Tensor:
         """(N, 3) log P of "chosen is better", "rejected is better" and "tie" (−inf), in nats."""

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from lmppl.errors import ModelError
-from lmppl.modeling.evidence.attitudes import Attitude
+from lmppl.modeling.evidence.attitudes import Attitude, Mean
 from lmppl.modeling.evidence.uncertain import UncertainReward, attitude_of
 from lmppl.modeling.factors import Feature
 
 __all__ = ["LearnedReward"]
 
 
-class LearnedReward(UncertainReward):
+class LearnedReward(UncertainReward, ABC):
     """An `UncertainReward` whose function was learned from preference pairs by the subclass's `fit`.
+
+    A reward learned from pairs has a free constant in each context, which an attitude may not be indifferent to: it
+    then asks for `num_references`, and 0 says that the constant is meant as it is.
 
     Parameters
     ----------
     learned : object
         What `fit` makes: texts → beliefs.
-    beta, attitude, num_references, name, fingerprint
+    beta, attitude, name, fingerprint
         As in `UncertainReward`.
+    num_references : int, optional
+        As in `UncertainReward`; 0 leaves the free constant as it is.
     on : {"text", "full"}
         Whether features read the completion or context + completion.
 
     Raises
     ------
     ModelError
-        Where `learned` is something else; as `UncertainReward`.
+        Where `learned` is something else, or the attitude needs `num_references`; as `UncertainReward`.
     """
 
     kind_of_learned: ClassVar[type[Any]]
@@ -45,13 +51,29 @@ class LearnedReward(UncertainReward):
         on: Literal["text", "full"] = "text",
         fingerprint: str | None = None,
     ) -> None:
+        who = type(self).__name__
         if not isinstance(learned, self.kind_of_learned):
-            who = type(self).__name__
             raise ModelError(f"{who}: got {type(learned).__name__}, expected what {who}.fit(pairs, features) makes")
-        super().__init__(
-            learned, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint
-        )
+        self.check_centre(attitude, num_references)
+        centre = None if num_references == 0 and num_references is not False else num_references
+        super().__init__(learned, beta, attitude, num_references=centre, name=name, on=on, fingerprint=fingerprint)
         object.__setattr__(self, "learned", learned)
+        object.__setattr__(self, "num_references", num_references)
+
+    @classmethod
+    @abstractmethod
+    def is_indifferent(cls, attitude: Attitude) -> bool:
+        """Whether the free constant of what was learned changes no posterior under the attitude."""
+
+    @classmethod
+    def check_centre(cls, attitude: Attitude | None, num_references: int | None) -> None:
+        """Raise `ModelError` where the attitude needs a centre and none is declared."""
+        stated = Mean() if attitude is None else attitude
+        if num_references is None and isinstance(stated, Attitude) and not cls.is_indifferent(stated):
+            raise ModelError(
+                f"{cls.__name__}: {stated!r} needs num_references=, such as 64: a reward learned from pairs has a free "
+                "constant in each context, which draws of the prior take out; num_references=0 keeps it as it is"
+            )
 
     def with_attitude(
         self,
@@ -88,9 +110,9 @@ class LearnedReward(UncertainReward):
         )
 
     @classmethod
+    @abstractmethod
     def read_learned(cls, data: Mapping[str, Any], feature: Feature) -> Any:
         """What was learned, from what `describe` wrote."""
-        raise NotImplementedError
 
     @property
     def _on(self) -> Literal["text", "full"]:

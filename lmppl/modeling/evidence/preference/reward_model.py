@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lmppl.errors import ModelError
 from lmppl.lm.base import LanguageModel
-from lmppl.modeling.evidence.attitudes import Attitude
+from lmppl.modeling.evidence.attitudes import Attitude, Mean
+from lmppl.modeling.evidence.cut_mixture import CutMixture
 from lmppl.modeling.evidence.preference.agreement import Agreement, compare_heads
 from lmppl.modeling.evidence.preference.evaluation import NUM_REPLICATES, Evaluation, evaluate_predictions
 from lmppl.modeling.evidence.preference.features import Featuriser, differences, standardise
@@ -48,7 +49,8 @@ class BayesianRewardModel(LearnedReward):
         What `fit` makes.
     beta, attitude, num_references, name
         As in `UncertainReward`. A reward learned from pairs has a free constant in each context: every attitude but
-        `Mean` needs `num_references`, which centres the features over draws of the prior, and with them each head.
+        `Mean` and `CutMixture` needs `num_references`, which centres the features over draws of the prior, and with
+        them each head; 0 leaves them as they are.
     on : {"text", "full"}
         Whether features read the completion or context + completion.
     fingerprint : str, optional
@@ -135,7 +137,8 @@ class BayesianRewardModel(LearnedReward):
         """
         _check_options(posterior, prior_scale, noise, num_draws)
         # What declares the factor is refused before the fit, which may take minutes.
-        UncertainReward(_no_belief, beta, attitude, num_references=num_references, name=name, on=on)
+        cls.check_centre(attitude, num_references)
+        UncertainReward(_no_belief, beta, attitude, num_references=num_references or None, name=name, on=on)
         known = read_pairs(pairs, WHO, on)
         check_for_fit(known, WHO)
         scaled, delta = standardise(features, known, WHO)
@@ -159,6 +162,11 @@ class BayesianRewardModel(LearnedReward):
             head, facts = DrawnHead(sample, float(noise)), facts | said
         belief = HeadBelief(scaled, head, known.annotators, facts, name=name or "preference")
         return cls(belief, beta, attitude, num_references=num_references, name=name, on=on, fingerprint=fingerprint)
+
+    @classmethod
+    def is_indifferent(cls, attitude: Attitude) -> bool:
+        """As `LearnedReward.is_indifferent`: each head has a constant; they cancel in a mean and in a cut mixture."""
+        return isinstance(attitude, Mean | CutMixture)
 
     @property
     def posterior(self) -> HeadPosterior:
