@@ -8,8 +8,7 @@ finite, dynamic programming over it (`Exact`) stays exact at horizons that nobod
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from lmppl.errors import ContextError, ModelError, ShapeError
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.machine import MachineDecoder
+from lmppl.lm.symbols import encode, line_symbols, named_symbols, resolve_eos
 from lmppl.sequences import Sequences
 from lmppl.storage import hash_tensors
 
@@ -96,10 +96,10 @@ class TabularLM(LanguageModel):
     ) -> None:
         size = log_table.shape[1]
         self.log_table, self.next_state, self.start = log_table, next_state, start
-        self.eos_index = eos_index = _resolve_eos(eos, vocabulary, size)
-        self.vocabulary = _symbols(vocabulary, eos_index, size)
+        self.eos_index = eos_index = resolve_eos(eos, vocabulary, size)
+        self.vocabulary = named_symbols(vocabulary, eos_index, size)
         contexts = context if isinstance(context, list) else [context]
-        rows = [_encode(c, self.vocabulary) for c in contexts]
+        rows = [encode(c, self.vocabulary) for c in contexts]
         super().__init__(
             ["".join(self.vocabulary[t] for t in row) for row in rows],
             vocab_size=size,
@@ -134,11 +134,11 @@ class TabularLM(LanguageModel):
         if not prefixes:
             raise ModelError("TabularLM.from_prefixes: got no prefixes, expected at least the empty one, ()")
         size = len(next(iter(prefixes.values())))
-        eos_index = _resolve_eos(eos, vocabulary, size)
-        symbols = _symbols(vocabulary, eos_index, size)
+        eos_index = resolve_eos(eos, vocabulary, size)
+        symbols = named_symbols(vocabulary, eos_index, size)
         index: dict[tuple[int, ...], int] = {}
         for key, conditional in prefixes.items():
-            row = tuple(_encode(key, symbols))
+            row = tuple(encode(key, symbols))
             if len(conditional) != size:
                 raise ShapeError(f"TabularLM.from_prefixes: {key!r} has {len(conditional)} entries, expected {size}")
             if row in index:
@@ -196,7 +196,7 @@ class TabularLM(LanguageModel):
         p(x_t|history) = (count + `smoothing`) / (Σ count + V·`smoothing`); a history that never occurs is uniform.
         """
         lines = text.splitlines() if isinstance(text, str) else list(text)
-        documents = [_symbols_of(line, level) for line in lines if line]
+        documents = [line_symbols(line, level) for line in lines if line]
         if not documents:
             raise ModelError("TabularLM.from_counts: got an empty text")
         vocabulary = [*sorted({s for d in documents for s in d}), "<eos>"]
@@ -266,9 +266,9 @@ class TabularLM(LanguageModel):
         return other
 
     def encode(self, text: str, context: int = 0) -> list[int] | None:
-        """The symbols of a completion's text, read greedily, longest first; None where it holds something else."""
+        """The symbols of a completion's text, the longest first; None where it is no row of symbols."""
         try:
-            return _encode(text, self.vocabulary)
+            return encode(text, self.vocabulary)
         except ContextError:
             return None
 
@@ -339,68 +339,3 @@ def _check_conditionals(probs: Tensor) -> None:
     if float(off.max()) > 1e-6:
         worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape)) if off.dim() else ()
         raise ModelError(f"TabularLM: conditional {worst} sums to {float(probs.sum(-1)[worst]):.6f}, expected 1")
-
-
-def _resolve_eos(eos: int | str | None, vocabulary: Sequence[str] | None, size: int) -> int | None:
-    if eos is None:
-        return None
-    if isinstance(eos, str):
-        if vocabulary is None or eos not in vocabulary:
-            raise ModelError(f"TabularLM: eos {eos!r} is not in the vocabulary")
-        return list(vocabulary).index(eos)
-    if not -size <= eos < size:
-        raise ModelError(f"TabularLM: eos index {eos} is outside the vocabulary of {size} symbols")
-    return eos % size
-
-
-def _symbols(vocabulary: Sequence[str] | None, eos_index: int | None, size: int) -> tuple[str, ...]:
-    if vocabulary is None:
-        return tuple("<eos>" if i == eos_index else _letters(i) for i in range(size))
-    if len(vocabulary) != size or len(set(vocabulary)) != size:
-        raise ShapeError(f"TabularLM: got {len(set(vocabulary))} distinct symbols, expected V = {size}")
-    return tuple(vocabulary)
-
-
-def _encode(row: Any, vocabulary: Sequence[str]) -> list[int]:
-    """Token ids of a string of symbols, or of a sequence of symbols and ids."""
-    if not isinstance(row, Iterable):
-        raise ContextError(f"TabularLM: got the context {row!r}, expected a string, or a list of symbols and ids")
-    parts = _split(row, vocabulary) if isinstance(row, str) else list(row)
-    ids = []
-    for part in parts:
-        known = part in vocabulary if isinstance(part, str) else 0 <= part < len(vocabulary)
-        if not known:
-            raise ContextError(f"TabularLM: {part!r} in {row!r} is not in the vocabulary {tuple(vocabulary)}")
-        ids.append(vocabulary.index(part) if isinstance(part, str) else int(part))
-    return ids
-
-
-def _letters(i: int) -> str:
-    name = ""
-    for _ in itertools.count():
-        name = chr(ord("a") + i % 26) + name
-        i = i // 26 - 1
-        if i < 0:
-            break
-    return name
-
-
-def _split(text: str, vocabulary: Sequence[str]) -> list[str]:
-    by_length = sorted(vocabulary, key=len, reverse=True)
-    parts, at = [], 0
-    while at < len(text):
-        symbol = next((s for s in by_length if s and text.startswith(s, at)), None)
-        if symbol is None:
-            raise ContextError(f"TabularLM: {text!r} at {text[at:]!r} starts with no symbol of the vocabulary")
-        parts.append(symbol)
-        at += len(symbol)
-    return parts
-
-
-def _symbols_of(line: str, level: str) -> list[str]:
-    if level == "character":
-        return list(line)
-    if level == "word":
-        words = line.split()
-        return [w if i == 0 else " " + w for i, w in enumerate(words)]
-    raise ModelError(f"TabularLM.from_counts: got level {level!r}, expected 'character' or 'word'")

@@ -65,3 +65,11 @@ def test_caps_that_are_not_there() -> None:
     with pytest.raises(UnsupportedModel, match="GuidedLM: its cap is 4, and it has no other; declare it with"):
         steered.with_max_new_tokens(5)
     assert isinstance(enumerable_lm("llama").with_max_new_tokens(2), TransformersLM)
+
+
+def test_a_table_reads_text_by_whatever_symbols_spell_it():
+    """The longest symbol first would leave "c", which is none."""
+    lm = TabularLM([0.2, 0.2, 0.2, 0.2, 0.2], ["a", "ab", "bc", "b", "<eos>"], max_new_tokens=4)
+    assert lm.encode("abc") == [0, 2]
+    assert lm.encode("abab") == [1, 1]
+    assert lm.encode("abx") is None
