@@ -17,6 +17,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automata import Automaton
 from lmppl.modeling.evidence.automaton_tables import MASK, AutomatonTables
+from lmppl.modeling.evidence.prefix_columns import at_lengths
 
 __all__ = ["AutomatonPrefixes", "AutomatonRows"]
 
@@ -153,7 +154,7 @@ class AutomatonPrefixes:
         """(B,) the numbers of the trail that hold now."""
         if state.uniform >= 0:
             return state.trail[:, state.uniform]
-        return state.trail.gather(1, state.lengths[:, None])[:, 0]
+        return at_lengths(state.trail, state.lengths)
 
     @staticmethod
     def _without_dead(weights: Tensor, codes: Tensor) -> Tensor:

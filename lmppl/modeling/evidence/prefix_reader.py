@@ -14,6 +14,7 @@ from torch import Tensor
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.lm.spelling import Spelled
+from lmppl.modeling.evidence.prefix_columns import at_lengths
 from lmppl.sequences import Sequences
 
 __all__ = ["LogFactor", "PrefixReader", "PrefixRows", "as_log", "no_verdict"]
@@ -110,7 +111,7 @@ class PrefixReader:
 
     def potential(self, state: PrefixRows) -> Tensor:
         """As `Incremental.potential`."""
-        return state.values.gather(1, state.lengths[:, None])[:, 0]
+        return at_lengths(state.values, state.lengths)
 
     def select(self, state: PrefixRows, index: Tensor) -> PrefixRows:
         """As `Incremental.select`."""

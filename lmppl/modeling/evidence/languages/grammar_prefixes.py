@@ -12,6 +12,7 @@ from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
 from lmppl.modeling.evidence.automaton_tables import MASK
 from lmppl.modeling.evidence.languages.grammar_engine import TokenMasks
+from lmppl.modeling.evidence.prefix_columns import at_lengths
 from lmppl.modeling.evidence.token_bytes import TokenBytes
 
 __all__ = ["GrammarPrefixes", "GrammarRows"]
@@ -77,7 +78,7 @@ class GrammarPrefixes:
 
     def weigh(self, state: GrammarRows, candidates: Tensor | None) -> Tensor:
         """As `Incremental.weigh`: 0 or −inf; −inf for a row that is dead or has ended."""
-        going = ~(_now(state.dead, state.lengths) | _now(state.over, state.lengths))
+        going = ~(at_lengths(state.dead, state.lengths) | at_lengths(state.over, state.lengths))
         device = state.ids.device
         rows = torch.nonzero(going & (state.lengths < self.horizon)).squeeze(1)
         if len(rows) == len(going) > 0:
@@ -96,12 +97,12 @@ class GrammarPrefixes:
         lengths = state.lengths + 1
         ids[rows, state.lengths] = tokens
         dead[rows, lengths] = weight == -torch.inf
-        over[rows, lengths] = self.ends.to(tokens.device)[tokens] | _now(state.over, state.lengths)
+        over[rows, lengths] = self.ends.to(tokens.device)[tokens] | at_lengths(state.over, state.lengths)
         return GrammarRows(ids, lengths, state.context, dead, over)
 
     def potential(self, state: GrammarRows) -> Tensor:
         """As `Incremental.potential`."""
-        dead = _now(state.dead, state.lengths)
+        dead = at_lengths(state.dead, state.lengths)
         return torch.zeros(len(dead), dtype=torch.float64, device=dead.device).masked_fill_(dead, -torch.inf)
 
     def select(self, state: GrammarRows, index: Tensor) -> GrammarRows:
@@ -154,8 +155,3 @@ class GrammarPrefixes:
         may_stay = accepting if last else torch.ones_like(accepting)
         here = torch.where(self.ends, accepting[:, None], torch.where(mute, may_stay[:, None], here))
         return torch.zeros(here.shape, dtype=MASK).masked_fill_(~here, -torch.inf)
-
-
-def _now(column: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) the entries that hold now."""
-    return column.gather(1, lengths[:, None])[:, 0]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoding import plan_rows
-from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes, PrefixRows, Reading, appended
+from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes, PrefixRows, Reading
+from lmppl.modeling.evidence.prefix_columns import at_lengths, ended_with
 from lmppl.sequences import Cost, Sequences
 
 __all__ = ["FuturePotential", "FutureRows"]
@@ -124,7 +125,7 @@ class FuturePotential:
 
     def advance(self, state: FutureRows, tokens: Tensor, step: Any = None) -> FutureRows:
         """As `Incremental.advance`."""
-        exact, values = (_at(column, self._lengths(state)) for column in (state.exact, state.values))
+        exact, values = (at_lengths(column, self._lengths(state)) for column in (state.exact, state.values))
         over = state.over.clone()
         going = torch.nonzero(~state.over).squeeze(1)
         if len(going):
@@ -154,7 +155,7 @@ class FuturePotential:
 
     def potential(self, state: FutureRows) -> Tensor:
         """As `Incremental.potential`."""
-        return _at(state.values, self._lengths(state))
+        return at_lengths(state.values, self._lengths(state))
 
     def select(self, state: FutureRows, index: Tensor) -> FutureRows:
         """As `Incremental.select`."""
@@ -174,7 +175,7 @@ class FuturePotential:
         """Of rows that go on, with one of `tokens` (B, k) each: a·log p(future), log ψ and whether they end, (B, k)."""
         at, device = self._lengths(state), state.over.device
         ending = torch.isin(tokens, torch.tensor(self.prior.eos_ids, dtype=torch.int64, device=device))
-        before, value = _at(state.exact, at)[:, None], self.potential(state)[:, None]
+        before, value = at_lengths(state.exact, at)[:, None], self.potential(state)[:, None]
         exact = before.expand(tokens.shape).clone()  # an EOS is left out of what the future follows
         self._lately = (state.prefixes.reading, state.known)
         pairs = self.prefixes.pairs(state.prefixes, tokens)
@@ -184,24 +185,12 @@ class FuturePotential:
             state.known.add(missing, self._behind(state.prefixes.reading, missing))
         if len(asked):
             exact = torch.where(ending, exact, self.weight * state.known.get(pairs).to(device))
-        over = self._ended(state, tokens) | (at + 1 == self.prior.max_new_tokens)[:, None]
+        over = (
+            ended_with(self.prior, state.prefixes.ids, state.prefixes.lengths, tokens)
+            | (at + 1 == self.prior.max_new_tokens)[:, None]
+        )
         kept = torch.where(over & (exact == -torch.inf), exact, value)
         return exact, torch.where(exact.isfinite(), exact, kept), over
-
-    def _ended(self, state: FutureRows, tokens: Tensor) -> Tensor:
-        """(B, k) whether the prior ends the row with the token, the cap left out."""
-        rows, lengths = state.prefixes.ids, state.prefixes.lengths
-        over = torch.zeros(tokens.shape, dtype=torch.bool, device=rows.device)
-        for length in lengths.unique().tolist():
-            same = torch.nonzero(lengths == length).squeeze(1)
-            some = tokens.to(rows.device)[same]
-            wide = appended(
-                rows[same, :length].repeat_interleave(some.shape[1], 0),
-                lengths[same].repeat_interleave(some.shape[1]),
-                some.reshape(-1),
-            )
-            over[same] = self.prior.ended(wide, int(length)).view(some.shape)
-        return over.to(tokens.device)
 
     def _here(self, reading: Reading) -> Tensor:
         """(D,) log p(future|x) behind the prefixes themselves."""
@@ -233,10 +222,6 @@ class FuturePotential:
             if len(chunks) == 1:
                 reading.ahead = (some, state)
         return torch.cat(parts)
-
-
-def _at(columns: Tensor, lengths: Tensor) -> Tensor:
-    return columns.gather(1, lengths[:, None])[:, 0]
 
 
 def _put(columns: Tensor, at: Tensor, values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lmppl.errors import ModelError, UnsupportedModel
 from lmppl.lm.base import LanguageModel
 from lmppl.lm.decoder import Step
+from lmppl.modeling.evidence.prefix_columns import at_lengths, ended_with
 from lmppl.sequences import Sequences
 
 __all__ = ["MeanPotential", "MeanRows"]
@@ -101,7 +102,7 @@ class MeanPotential:
         device = state.ids.device
         if candidates is None:
             candidates = torch.arange(self.lm.vocab_size, device=device).expand(len(state.ids), -1)
-        gain = _at(state.scores, state.lengths) - self.potential(state)
+        gain = at_lengths(state.scores, state.lengths) - self.potential(state)
         result = gain[:, None].repeat(1, candidates.shape[1]).masked_fill(state.over[:, None], -torch.inf)
         ends, stopped = self._ended(state, candidates)
         row, column = torch.nonzero(ends & ~state.over[:, None], as_tuple=True)
@@ -125,7 +126,7 @@ class MeanPotential:
         ends, _ = self._ended(s, tokens[:, None])
         over = s.over | ends[:, 0]
         score = self._score(mean).to(tokens.device)
-        lagging = _at(s.scores, s.lengths)
+        lagging = at_lengths(s.scores, s.lengths)
         value = torch.where(s.over, self.potential(s), torch.where(over, score, lagging))
         ids, means, scores, values = (x.clone() for x in (s.ids, s.means, s.scores, s.values))
         ids[each, at], means[each, at + 1], scores[each, at + 1], values[each, at + 1] = tokens, mean, score, value
@@ -133,7 +134,7 @@ class MeanPotential:
 
     def potential(self, state: MeanRows) -> Tensor:
         """As `Incremental.potential`."""
-        return _at(state.values, state.lengths)
+        return at_lengths(state.values, state.lengths)
 
     def select(self, state: MeanRows, index: Tensor) -> MeanRows:
         """As `Incremental.select`."""
@@ -150,16 +151,7 @@ class MeanPotential:
 
     def _ended(self, state: MeanRows, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, k) whether a row ends with a token, and whether it does so before the cap asks."""
-        width, cap = tokens.shape[1], self.lm.max_new_tokens
-        stopped = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        cap = self.lm.max_new_tokens
         at = state.lengths.clamp_max(cap - 1)
-        for length in at.unique().tolist():
-            same = torch.nonzero(at == length).squeeze(1)
-            ids = state.ids[same].repeat_interleave(width, 0)
-            ids[:, length] = tokens[same].reshape(-1)
-            stopped[same] = self.lm.ended(ids[:, : length + 1], int(length)).view(len(same), width)
+        stopped = ended_with(self.lm, state.ids, at, tokens)
         return stopped | (at + 1 >= cap)[:, None], stopped
-
-
-def _at(columns: Tensor, lengths: Tensor) -> Tensor:
-    return columns.gather(1, lengths[:, None])[:, 0]

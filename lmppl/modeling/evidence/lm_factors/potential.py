@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmppl.modeling.evidence.lm_factors.prefixes import CachedPrefixes, PrefixRows
+from lmppl.modeling.evidence.prefix_columns import at_lengths
 from lmppl.sequences import Cost
 
 __all__ = ["ProductPotential", "ProductRows"]
@@ -88,7 +89,7 @@ class ProductPotential:
 
     def potential(self, state: ProductRows) -> Tensor:
         """As `Incremental.potential`."""
-        return state.values.gather(1, state.lengths[:, None])[:, 0]
+        return at_lengths(state.values, state.lengths)
 
     def select(self, state: ProductRows, index: Tensor) -> ProductRows:
         """As `Incremental.select`; caches move when the rows go on."""
