@@ -100,8 +100,9 @@ class JsonSchema(Grammar):
 
     Every text of the language is valid JSON (white space around it allowed) and valid under the schema. Not every
     valid document is in it: the members of an object stand in the order of the schema's `properties`, others after
-    them, and integers have no decimal point. Keywords of JSON Schema that llguidance does not implement are an error
-    that names them; words that are no keywords say nothing, as JSON Schema wants it.
+    them, integers have no decimal point, and strings no raw delete character (U+007F). Keywords of JSON Schema that
+    llguidance does not implement are an error that names them; words that are no keywords say nothing, as JSON Schema
+    wants it.
 
     Parameters
     ----------
